@@ -1,0 +1,163 @@
+"""uint8 batch -> normalised float batch on the device: flip, translate, cutout; whole-batch, pure functions.
+
+Images come in as uint8 (B, 3, H, W) with channels-last strides, as the loader yields them, and leave `normalise` as
+`dtype` (B, 3, H, W), channels-last. Every random number comes from the torch.Generator handed in (alternating flip:
+from a hash of the sample index), so a batch depends on its arguments alone. No function loops over samples.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+PADDINGS = ("reflect", "constant", "zero")
+FLIPS = ("none", "random", "alternating")
+
+
+def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip: str, translate: int, padding: str,
+                cutout: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+                generator: torch.Generator, seed: int = 0) -> torch.Tensor:
+    """Augment and normalise one training batch.
+
+    images: uint8 (B, 3, H, W), channels-last. indices: int64 (B,), the samples' numbers (alternating flip follows
+    them from epoch to epoch). epoch: from 0. flip: one of FLIPS. translate: pixels, 0 for none. padding: one of
+    PADDINGS. cutout: side of the square in pixels, 0 for none. mean, std: a channel, in pixel values 0..255.
+    Returns `dtype` (B, 3, H, W), channels-last. Raises ValueError for a flip or padding it does not know.
+    """
+    count, _, height, width = images.shape
+    if flip not in FLIPS:
+        raise ValueError(f"flip: {flip!r} is not one of {', '.join(FLIPS)}")
+    flips = {"none": lambda: None, "random": lambda: random_flips(count, generator),
+             "alternating": lambda: alternating_flips(indices, epoch, seed)}[flip]()
+    shifts = random_shifts(count, translate, generator) if translate else None
+    if flips is not None or shifts is not None:
+        images = flip_and_shift(images, flips, shifts, padding, mean)
+    if cutout:
+        images = cut_out(images, random_centres(count, height, width, generator), cutout, mean)
+    return normalise(images, mean, std, dtype)
+
+
+def random_flips(count: int, generator: torch.Generator) -> torch.Tensor:
+    """bool (count,): each true with probability one half."""
+    return torch.rand(count, generator=generator, device=generator.device) < 0.5
+
+
+def alternating_flips(indices: torch.Tensor, epoch: int, seed: int) -> torch.Tensor:
+    """bool (B,): a fixed random half of the samples in even epochs, the other half in odd ones.
+
+    Alternating flip (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single A100 GPU", arXiv 2404.00498, section 3.6):
+    over two successive epochs each image is seen once in either orientation. The half is chosen by a hash of
+    (index, seed), splitmix64's mixing steps in wrapping int64 arithmetic, so it needs no table and is the same on
+    every device and in every batch composition.
+    """
+    z = indices.to(torch.int64) + _wrap(0x9E3779B97F4A7C15 * (seed + 1))
+    z = (z ^ _shift_right(z, 30)) * _wrap(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _wrap(0x94D049BB133111EB)
+    z = z ^ _shift_right(z, 31)
+    return ((z + epoch) & 1).bool()
+
+
+def _wrap(value: int) -> int:
+    """The int64 with the low 64 bits of `value`."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64 (torch's is arithmetic: it copies the sign bit down)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def random_shifts(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 (count, 2) of (down, right) pixels, each uniform in [-most, most]."""
+    return torch.randint(-most, most + 1, (count, 2), generator=generator, device=generator.device)
+
+
+def random_centres(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 (count, 2) of (row, column), uniform over the image."""
+    unit = torch.rand(count, 2, generator=generator, device=generator.device)
+    return (unit * unit.new_tensor([height, width])).long()
+
+
+def flip_and_shift(images: torch.Tensor, flips: torch.Tensor | None, shifts: torch.Tensor | None, padding: str,
+                   fill: Sequence[float]) -> torch.Tensor:
+    """Mirror some images left to right, then move each by its own number of pixels, in one gather.
+
+    images: uint8 (B, 3, H, W), channels-last. flips: bool (B,), None for no flip. shifts: int64 (B, 2), pixels (down,
+    right), smaller than the image's side, None for no shift. padding, what is seen beyond the old edge: `reflect`
+    mirrors about the edge pixel (which is not repeated), `constant` shows the colour `fill` (a channel, 0..255;
+    rounded), `zero` black. Returns the same shape, dtype and layout. Raises ValueError for an unknown padding.
+
+    Shifting is padding and cropping (He et al., arXiv 1512.03385, section 4.2) without the padded copy: the source
+    row and column of each output pixel are computed on (B, H) and (B, W) integers, then all pixels move once.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding: {padding!r} is not one of {', '.join(PADDINGS)}")
+    count, channels, height, width = images.shape
+    rows = torch.arange(height, device=images.device).expand(count, height)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    inside = None
+    if shifts is not None:
+        rows, columns = rows - shifts[:, :1], columns - shifts[:, 1:]
+        if padding == "reflect":
+            rows, columns = _reflect(rows, height), _reflect(columns, width)
+        else:
+            inside = _box(_within(rows, height), _within(columns, width), channels)
+            rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    if flips is not None:
+        columns = torch.where(flips[:, None], (width - 1) - columns, columns)
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)    # a view where the batch is channels-last
+    rows = rows + torch.arange(count, device=images.device)[:, None] * height
+    source = rows[:, :, None] * width + columns[:, None, :]
+    moved = pixels.index_select(0, source.flatten()).view(count, height, width * channels)
+    if inside is not None:
+        beyond = fill if padding == "constant" else (0,) * channels
+        moved = torch.where(inside, moved, _row([round(value) for value in beyond], width, images))
+    return moved.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def cut_out(images: torch.Tensor, centres: torch.Tensor, side: int, fill: Sequence[float]) -> torch.Tensor:
+    """Cover a square of `side` pixels around each image's centre (int64 (B, 2): row, column) with colour `fill`.
+
+    Cutout (DeVries and Taylor, arXiv 1708.04552, section 3.2): the square may lie partly outside the image. The
+    square spans `centre - side // 2` up to, not including, `centre - side // 2 + side`.
+    """
+    count, channels, height, width = images.shape
+    first = centres - side // 2
+    rows = torch.arange(height, device=images.device) - first[:, :1]
+    columns = torch.arange(width, device=images.device) - first[:, 1:]
+    covered = _box(_within(rows, side), _within(columns, side), channels)
+    flat = images.permute(0, 2, 3, 1).reshape(count, height, width * channels)
+    flat = torch.where(covered, _row([round(value) for value in fill], width, images), flat)
+    return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """(images - mean) / std a channel, rounded once to `dtype`. uint8 (B, 3, H, W) -> `dtype`, same layout."""
+    count, channels, height, width = images.shape
+    flat = images.permute(0, 2, 3, 1).reshape(count, height, width * channels).to(torch.float32)
+    scale = _row([1 / s for s in std], width, flat)
+    offset = _row([-m / s for m, s in zip(mean, std)], width, flat)
+    flat = torch.addcmul(offset, flat, scale).to(dtype)
+    return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:
+    """Positions in (-size, 2 * size - 1) mirrored about the first and the last pixel into [0, size)."""
+    return (size - 1) - ((size - 1) - position.abs()).abs()
+
+
+def _within(position: torch.Tensor, size: int) -> torch.Tensor:
+    return (position >= 0) & (position < size)
+
+
+# The two helpers below work on rows of W * 3 values: an innermost dimension of 3 channels would leave the vector
+# units of a CPU idle (normalising was three times slower with it).
+
+def _row(values: Sequence[float], width: int, like: torch.Tensor) -> torch.Tensor:
+    """One value a channel, repeated along an image row: (W * 3,) of `like`'s dtype, on its device."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).repeat(width)
+
+
+def _box(rows: torch.Tensor, columns: torch.Tensor, channels: int) -> torch.Tensor:
+    """bool (B, H, W * 3), true where both the row (bool (B, H)) and the column (bool (B, W)) are true."""
+    return rows[:, :, None] & columns.repeat_interleave(channels, dim=1)[:, None, :]

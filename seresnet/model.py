@@ -1,0 +1,195 @@
+"""SEResNet: squeeze-and-excitation, residual blocks, a stem, a head, and the parameter budget.
+
+Input of every net: `float` (B, 3, H, W), channels-last, zero mean and unit standard deviation a channel.
+Output: logits (B, classes).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "silu": lambda: nn.SiLU(inplace=True),
+    "elu": lambda: nn.ELU(inplace=True), "leaky_relu": lambda: nn.LeakyReLU(0.1, inplace=True)}
+SE_PLACES = ("none", "stem", "block")
+STEMS = ("conv", "whiten")
+DOWNSAMPLES = ("stride", "pool")
+INITIALISATIONS = ("default", "kaiming", "xavier", "orthogonal")
+WHITEN_CHANNELS = 24    # 12 principal directions of a 2x2 RGB patch, and their negatives
+
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation (Hu et al., arXiv 1709.01507, section 3): (B, C, H, W) -> same.
+
+    The mean over the image, through two linear maps with C / reduction units between them, becomes one gate in (0, 1)
+    a channel.
+    """
+
+    parameter_kind = "se"    # seresnet/optim.py gives these a learning rate of their own
+
+    def __init__(self, channels: int, reduction: int):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, max(1, channels // reduction))
+        self.excite = nn.Linear(max(1, channels // reduction), channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
+        return x * gate[:, :, None, None].to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Basic residual block (He et al., arXiv 1512.03385, section 3.3), with SE on the branch where asked for.
+
+    (B, C_in, H, W) -> (B, C_out, H / stride, W / stride). `depth` convolutions, each with batch normalisation; the
+    first carries the stride. The shortcut is the identity, or a strided convolution with batch normalisation where
+    the shape changes. SE stands behind the last normalisation (the paper's standard place, its figure 3).
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, stride: int, kernel: int, shortcut_kernel: int, depth: int,
+                 se_reduction: int | None, activation: Callable[[], nn.Module]):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [conv(c_in if i == 0 else c_out, c_out, kernel, stride if i == 0 else 1), nn.BatchNorm2d(c_out)]
+            if i < depth - 1:
+                layers.append(activation())
+        self.last_norm: nn.BatchNorm2d = layers[-1]
+        if se_reduction:
+            layers.append(SqueezeExcitation(c_out, se_reduction))
+        self.branch = nn.Sequential(*layers)
+        self.shortcut = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
+            conv(c_in, c_out, shortcut_kernel, stride), nn.BatchNorm2d(c_out))
+        self.activation = activation()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.branch(x) + self.shortcut(x))
+
+
+class SEResNet(nn.Module):
+    """Stem, stages of residual blocks, mean over the image, linear head.
+
+    blocks: residual blocks a stage. channels: a stage, or one number that doubles from stage to stage. kernels and
+    shortcut_kernels: a stage, or one for all. block_depth: convolutions in a block.
+    stem: `conv` is a 3x3 convolution to `stem_channels` (0: the first stage's) with normalisation and activation;
+    `whiten` is a fixed 2x2 convolution onto the principal directions of the training set's patches (see `whiten`),
+    with activation.
+    downsample: `stride` halves the side in the first block of every stage but the first, with a projection shortcut;
+    `pool` puts a 3x3 convolution, 2x2 max-pooling, normalisation and activation ahead of every stage's blocks.
+    se: `none`, `stem` (one SE behind the stem) or `block` (in every block), with its `se_reduction`.
+    dropout: rate ahead of the head. logit_scale: factor on the logits.
+    zero_init_norm: the last norm of each block starts at 0, each block as the identity (Goyal et al., arXiv
+    1706.02677, section 5.1). initialisation of convolutions: `default` is torch's own, `kaiming` normal by fan-out
+    (He et al., arXiv 1502.01852), `xavier` uniform (Glorot and Bengio, 2010), `orthogonal` (Saxe et al.,
+    arXiv 1312.6120).
+
+    forward: float (B, 3, image_size, image_size), channels-last -> logits (B, classes).
+    Raises ValueError, with every problem found, for values that make no net.
+    """
+
+    def __init__(self, *, blocks: Sequence[int], channels: Sequence[int], classes: int, image_size: int,
+                 kernels: Sequence[int] = (3,), shortcut_kernels: Sequence[int] = (1,), block_depth: int = 2,
+                 stem: str = "conv", stem_channels: int = 0, downsample: str = "stride", se: str = "none",
+                 se_reduction: int = 16, activation: str = "relu", dropout: float = 0.0, logit_scale: float = 1.0,
+                 zero_init_norm: bool = False, initialisation: str = "default"):
+        super().__init__()
+        channels, kernels, shortcut_kernels = _by_stage(len(blocks), channels, kernels, shortcut_kernels)
+        act = ACTIVATIONS[activation]
+        self.logit_scale = logit_scale
+        if stem == "whiten":
+            width, side = WHITEN_CHANNELS, image_size - 1
+            self.stem = nn.Sequential(nn.Conv2d(3, width, 2), act())
+            self.stem[0].weight.requires_grad_(False)    # set once from the data by `whiten`
+        else:
+            width, side = stem_channels or channels[0], image_size
+            self.stem = nn.Sequential(conv(3, width, 3), nn.BatchNorm2d(width), act())
+        if se == "stem":
+            self.stem.append(SqueezeExcitation(width, se_reduction))
+        stages = []
+        for i, (count, c_out, kernel, shortcut_kernel) in enumerate(zip(blocks, channels, kernels, shortcut_kernels)):
+            stage: list[nn.Module] = []
+            if downsample == "pool":
+                stage += [conv(width, c_out, 3), nn.MaxPool2d(2), nn.BatchNorm2d(c_out), act()]
+                width, side = c_out, side // 2
+            for j in range(count):
+                stride = 2 if downsample == "stride" and i > 0 and j == 0 else 1
+                stage.append(ResidualBlock(width, c_out, stride=stride, kernel=kernel, shortcut_kernel=shortcut_kernel,
+                                           depth=block_depth, se_reduction=se_reduction if se == "block" else None,
+                                           activation=act))
+                width, side = c_out, -(-side // stride)
+            stages.append(nn.Sequential(*stage))
+        if side < 1:
+            raise ValueError(f"{len(blocks)} stages leave nothing of images of {image_size} pixels a side: fewer "
+                             "stages, or larger images")
+        self.stages = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+        self._initialise(initialisation, zero_init_norm)
+
+    def _initialise(self, initialisation: str, zero_init_norm: bool) -> None:
+        fill = {"default": None, "xavier": nn.init.xavier_uniform_, "orthogonal": nn.init.orthogonal_,
+                "kaiming": lambda w: nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu")}[initialisation]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and fill is not None and module.weight.requires_grad:
+                fill(module.weight)
+            if isinstance(module, ResidualBlock) and zero_init_norm:
+                nn.init.zeros_(module.last_norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stages(self.stem(x)).mean((2, 3))
+        return self.head(self.dropout(x)) * self.logit_scale
+
+    @property
+    def wants_whitening(self) -> bool:
+        """Whether `whiten` has to be called once, with training images, before the net is trained."""
+        return isinstance(self.stem[0], nn.Conv2d) and not self.stem[0].weight.requires_grad
+
+    def whiten(self, images: torch.Tensor) -> None:
+        """Set the whitening stem's filters from normalised training images, float32 (N, 3, H, W).
+
+        The filters are the eigenvectors of the covariance of 2x2 patches, each scaled by the root of its eigenvalue so
+        that it has unit variance on the data, and their negatives (so that both signs pass the activation). From
+        Page, "How to Train Your ResNet 8" (myrtle.ai, 2019), and Jordan, arXiv 2404.00498, section 3.2.
+        """
+        weight = self.stem[0].weight
+        patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        covariance = patches.double().T @ patches.double() / len(patches)
+        values, vectors = torch.linalg.eigh(covariance)    # ascending; columns are the directions
+        filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
+        with torch.no_grad():
+            weight.copy_(torch.cat([filters, -filters]))
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution that keeps the side (divided by stride), without a bias: batch normalisation follows."""
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _by_stage(stages: int, channels: Sequence[int], kernels: Sequence[int], shortcut_kernels: Sequence[int]):
+    if len(channels) == 1:
+        channels = [channels[0] * 2**i for i in range(stages)]
+    kernels, shortcut_kernels = (list(k) * stages if len(k) == 1 else list(k) for k in (kernels, shortcut_kernels))
+    problems = [f"{name}: {list(values)} has {len(values)} entries, blocks has {stages} stages: give one, or {stages}"
+                for name, values in [("channels", channels), ("kernels", kernels),
+                                     ("shortcut_kernels", shortcut_kernels)] if len(values) != stages]
+    problems += [f"{name}: {list(values)} has an even number: a kernel has to be odd to keep the image's side"
+                 for name, values in [("kernels", kernels), ("shortcut_kernels", shortcut_kernels)]
+                 if any(k % 2 == 0 for k in values)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return channels, kernels, shortcut_kernels
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, the frozen ones of a whitening stem included: what a parameter budget counts."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_budget(model: nn.Module, most: int) -> int:
+    """The parameter count. Raises ValueError with both numbers where it exceeds `most` (0: no budget)."""
+    count = count_parameters(model)
+    if most and count > most:
+        raise ValueError(f"max_parameters: this net has {count:,} parameters, the budget is {most:,}: fewer blocks or "
+                         "channels, or lift the budget with model.max_parameters: 0")
+    return count

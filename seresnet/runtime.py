@@ -1,0 +1,251 @@
+"""The one file that reads the environment: errors, cores, device, number format, seeds, allocator, versions.
+
+It imports nothing of ours, and torch only inside the functions that need it: the allocator has to be settled before
+a large library is loaded.
+"""
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable
+
+if TYPE_CHECKING:
+    import torch
+
+# glibc's defaults give every large tensor back to the kernel when it is freed, and the next one is paid for page by
+# page. One arena that keeps what it got, in huge pages, makes a training step about a third shorter on a CPU
+# (records/: allocator). glibc reads the variable once, before main(): hence one re-exec.
+ALLOCATOR_TUNABLES = {
+    "glibc.malloc.hugetlb": "1",                    # madvise(MADV_HUGEPAGE) on what malloc takes
+    "glibc.malloc.mmap_threshold": str(1 << 40),    # never a private mapping that free() would unmap
+    "glibc.malloc.trim_threshold": str(1 << 40),    # never hand the top of the heap back
+    "glibc.malloc.top_pad": str(1 << 28),           # grow the heap 256 MiB at a time
+}
+_TUNED_MARK = "SERESNET_ALLOCATOR"
+
+
+class UserError(ValueError):
+    """Something the user can mend. Programs print it without a traceback and exit with status 2.
+
+    Takes one message or several; `problems` is the tuple of them and `str()` gives one a line. A subclass may
+    choose another exit `status` where a caller (the Makefile) has to tell its case from the others.
+    """
+
+    status = 2
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite. Programs print it without a traceback and exit with status 3."""
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run an entry point and turn its end into an exit status.
+
+    0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
+    130 interrupted. Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        status = _complain(error.problems, error.status)
+    except NonFiniteLoss as error:
+        status = _complain((str(error),), 3)
+    except BrokenPipeError:
+        # the reader of our output (head, less) has left: nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
+    except KeyboardInterrupt:
+        status = _complain(("interrupted",), 130)
+    sys.exit(status)
+
+
+def _complain(problems: tuple[str, ...], status: int) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return status
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity mask where the system has one, else all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def allocator_command(environment: dict[str, str], executable: str, arguments: list[str]) -> dict[str, str] | None:
+    """The environment to start again with so that glibc's allocator is tuned, or None where there is nothing to do.
+
+    Nothing is done outside Linux with glibc, a second time, or where the user has set GLIBC_TUNABLES for malloc.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver(executable)[0] != "glibc":
+        return None
+    present = environment.get("GLIBC_TUNABLES", "")
+    if _TUNED_MARK in environment or "glibc.malloc." in present or not arguments:
+        return None
+    tunables = ":".join([*([present] if present else []), *(f"{k}={v}" for k, v in ALLOCATOR_TUNABLES.items())])
+    return {**environment, "GLIBC_TUNABLES": tunables, _TUNED_MARK: "tuned"}
+
+
+def tune_allocator() -> None:
+    """Start this program once more with glibc's allocator tuned for large tensors; returns where that is not needed.
+
+    Call it before torch is imported: everything done so far is thrown away. `sys.orig_argv` repeats the interpreter's
+    own options too.
+    """
+    environment = allocator_command(dict(os.environ), sys.executable, sys.orig_argv[1:])
+    if environment is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def allocator_state() -> str:
+    """'tuned' (by tune_allocator), 'user' (GLIBC_TUNABLES was set already) or 'default', for the run's report."""
+    if _TUNED_MARK in os.environ:
+        return os.environ[_TUNED_MARK]
+    return "user" if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") else "default"
+
+
+def import_torchvision():
+    """torchvision, importable also where its CUDA wheel lies beside a CPU build of torch.
+
+    There is no CPU build of torchvision on the package index; the CUDA one registers fake kernels for
+    `torchvision::nms` and `torchvision::qnms` at import and fails where its compiled library, which defines these two
+    operators, could not be loaded. Defining the two schemas first (without a kernel: nothing here calls them) is all
+    that it needs. Beside a CUDA torch the library loads and defines them itself.
+
+    Raises UserError where torchvision is not installed.
+    """
+    if "torchvision" in sys.modules:
+        return sys.modules["torchvision"]
+    import torch
+    if torch.version.cuda is None and torch.version.hip is None:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+            try:
+                library.define(schema)
+            except RuntimeError:    # a CPU build of torchvision from elsewhere has defined it
+                pass
+        import_torchvision.library = library    # the schemas live as long as this object
+    try:
+        import torchvision
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: `make setup`, or pip install torchvision") from error
+    return torchvision
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; `auto` takes the best that is there.
+
+    The CUDA device is made the current one: FFCV and torch's streams follow the current device.
+    Raises UserError where the named device is not there.
+    """
+    import torch
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"run.device: {name} is not there ({count} CUDA devices, torch {torch.__version__}): "
+                            "use auto or cpu, or install a CUDA build of torch")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("run.device: mps is not there: use auto or cpu")
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The number format of convolutions: what `precision` names, or for `auto` the fastest that is accurate.
+
+    bf16 where the hardware computes in it (NVIDIA from compute capability 8.0, CPUs with AVX-512 BF16 or AMX),
+    fp16 on older GPUs (the loop then scales gradients), else fp32.
+    """
+    import torch
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision != "auto":
+        if precision == "fp16" and device.type == "cpu":
+            raise UserError("run.precision: fp16 needs a GPU: use auto, bf16 or fp32 on a CPU")
+        return named[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX), so that bf16 is faster than fp32 on it."""
+    import torch
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def stream_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers (run seed, stream, epoch, ...), without the overlaps of adding them up.
+
+    numpy's SeedSequence hashes its entropy, so (0, 1) and (1, 0) differ, and its output is the same on every machine.
+    """
+    import numpy as np
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def describe_machine() -> dict[str, str | int]:
+    """What a figure was measured on: processor, cores, memory, GPU, system."""
+    import torch
+    facts: dict[str, str | int] = {"system": platform.platform(), "processor": _processor_name(),
+                                   "cores": available_cores(), "torch_threads": torch.get_num_threads()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    facts["cpu_bf16"] = ("AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512") if cpu_has_bf16() else "none"
+    facts["allocator"] = allocator_state()
+    return facts
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's and the libraries' versions as installed (FFCV misreports its own in `__version__`)."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "ffcv", "fastargs", "numpy", "numba"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with '+changes' where files differ from it; '' outside a checkout."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

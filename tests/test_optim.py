@@ -1,0 +1,114 @@
+"""optim: every parameter in one group of its kind, schedules by table, clipping and steps against plain arithmetic."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from seresnet import config, optim
+from seresnet.model import SEResNet, SqueezeExcitation
+
+
+def net(**changes):
+    torch.manual_seed(0)
+    return SEResNet(**{**dict(blocks=[1, 1], channels=[8], classes=5, image_size=16, se="block"), **changes})
+
+
+def test_words_of_the_config_are_those_of_the_module():
+    fields = config.Optim.__dataclass_fields__
+    assert {n: fields[n].metadata["limits"]["one_of"] for n in ("name", "schedule", "decay")} == {
+        "name": optim.OPTIMIZERS, "schedule": optim.SCHEDULES, "decay": optim.DECAYS}
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(stem="whiten", downsample="pool"), dict(se="stem")])
+def test_every_trainable_parameter_is_in_exactly_one_kind(changes):
+    model = net(**changes)
+    kinds = optim.parameters_by_kind(model)
+    ids = [id(p) for parameters in kinds.values() for p in parameters]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    kind_of = {id(p): kind for kind, parameters in kinds.items() for p in parameters}
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            assert {kind_of[id(p)] for p in module.parameters()} == {"se"}
+        if isinstance(module, nn.BatchNorm2d):
+            assert (kind_of[id(module.weight)], kind_of[id(module.bias)]) == ("norm_scale", "norm_bias")
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
+            assert kind_of[id(module.weight)] == "weight"
+    assert (kind_of[id(model.head.weight)], kind_of[id(model.head.bias)]) == ("weight", "bias")
+
+
+def test_a_parameter_of_no_known_kind_is_an_error():
+    with pytest.raises(TypeError, match="LayerNorm.weight"):
+        optim.parameters_by_kind(nn.Sequential(nn.LayerNorm(3)))
+
+
+def test_groups_carry_their_own_rate_and_decay():
+    optimizer = optim.build_optimizer(net(), name="sgd", lr=0.5, weight_decay=0.01, norm_bias_lr_scale=8, se_lr_scale=0.1)
+    rates = {g["kind"]: (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert rates == {"weight": (0.5, 0.01), "norm_scale": (0.5, 0), "norm_bias": (4, 0), "bias": (0.5, 0), "se": (0.05, 0.01)}
+    optim.set_learning_rate(optimizer, 0.5)
+    assert {g["kind"]: g["lr"] for g in optimizer.param_groups} == {k: v[0] / 2 for k, v in rates.items()}
+    everything = optim.build_optimizer(net(), name="adamw", lr=0.5, weight_decay=0.01, decay="all")
+    assert {g["weight_decay"] for g in everything.param_groups} == {0.01}
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_step_is_the_formula(nesterov):
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    optimizer = optim.build_optimizer(model, name="sgd", lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+    weight, velocity = model[0].weight.detach().double().clone(), torch.zeros(2, 3, dtype=torch.float64)
+    torch.manual_seed(0)
+    for _ in range(3):
+        gradient = torch.randn(2, 3)
+        model[0].weight.grad = gradient.clone()
+        optimizer.step()
+        total = gradient.double() + 0.01 * weight
+        velocity = 0.9 * velocity + total
+        weight -= 0.1 * (total + 0.9 * velocity if nesterov else velocity)
+    assert torch.allclose(model[0].weight.double(), weight, atol=1e-6)
+
+
+COMMON = dict(total_steps=100, warmup_steps=20, start=0.2, final=0.1)
+
+
+@pytest.mark.parametrize("schedule, table", [
+    ("onecycle", {0: 0.2, 10: 0.6, 20: 1.0, 60: 0.55, 99: 0.1 + 0.9 / 80, 100: 0.1}),
+    ("cosine", {0: 0.2, 20: 1.0, 60: 0.55, 40: 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 100: 0.1}),
+    ("constant", {0: 0.2, 19: 0.96, 20: 1.0, 99: 1.0}),
+    ("step", {0: 0.2, 20: 1.0, 49: 1.0, 50: 0.5, 79: 0.5, 80: 0.25, 99: 0.25}),
+])
+def test_schedules_by_table(schedule, table):
+    for step, factor in table.items():
+        got = optim.learning_rate_factor(step, schedule=schedule, milestones=(50, 80), gamma=0.5, **COMMON)
+        assert got == pytest.approx(factor), step
+
+
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_schedules_begin_at_the_peak_without_warm_up_and_stay_within_bounds(schedule):
+    factors = [optim.learning_rate_factor(s, schedule=schedule, total_steps=50, milestones=(20,)) for s in range(50)]
+    assert factors[0] == 1.0 and all(0 <= f <= 1 for f in factors)
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_clipping_by_norm_and_by_value():
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    gradients = [torch.tensor([3.0, -0.05, 0.0]), torch.tensor([4.0, 0.02])]
+
+    def clipped(**limits):
+        for p, g in zip(parameters, gradients):
+            p.grad = g.clone()
+        optim.clip_gradients(parameters, **limits)
+        return torch.cat([p.grad for p in parameters])
+    flat = torch.cat(gradients)
+    assert torch.equal(clipped(), flat)
+    assert torch.equal(clipped(value=0.1), flat.clamp(-0.1, 0.1))
+    assert clipped(norm=1.0).norm().item() == pytest.approx(1.0, rel=1e-5)
+    assert torch.allclose(clipped(norm=1.0), flat / flat.norm(), atol=1e-5)
+    assert torch.allclose(clipped(norm=100.0), flat)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="optimizer: 'lion' is not one of sgd, adamw"):
+        optim.build_optimizer(net(), name="lion", lr=1.0)
+    with pytest.raises(ValueError, match="schedule: 'saw'"):
+        optim.learning_rate_factor(30, schedule="saw", **COMMON)
