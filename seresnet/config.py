@@ -372,7 +372,6 @@ def parse(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) ->
     parser.allow_abbrev = False
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = describe_keys()
-    parser.exit_on_error = False
     parser.error = _raise_config_error    # argparse would print its usage and exit
     parser.add_argument("-C", "--config-file", action="append", default=[], metavar="FILE",
                         help="YAML file with sections and keys; may be given again, later ones win")
