@@ -1,0 +1,22 @@
+"""Train an SE-ResNet from FFCV files: python ffcv_train.py --config-file rn_configs/se94.yaml [--section.key value ...]
+
+Writes a run folder (resolved config, environment, log.jsonl, report.json, curves.png, weights.pt) and prints one line
+an epoch. Exit status: 0 done, 2 something to mend in config, data or machine, 3 training diverged, 130 interrupted.
+"""
+import argparse
+import sys
+
+from seresnet import config, runtime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    settings, _ = config.parse(sys.argv[1:], parser)
+    if settings.run.tune_allocator and settings.run.device in ("auto", "cpu"):
+        runtime.tune_allocator()
+    from seresnet.loop import fit    # loads torch, which has to come after the allocator's restart
+    fit(settings, sys.argv)
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

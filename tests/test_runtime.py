@@ -1,0 +1,104 @@
+"""runtime: exit statuses, the allocator's restart, seeds that do not overlap, choices of device and number format."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seresnet import runtime
+from seresnet.runtime import UserError
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("body, status, text", [
+    ("return None", 0, ""), ("return 5", 5, ""),
+    ("raise runtime.UserError('first', 'second')", 2, "error: first\nerror: second\n"),
+    ("raise runtime.NonFiniteLoss('diverged')", 3, "error: diverged\n"),
+    ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+    ("raise OSError(28, 'No space left on device', 'x/y')", 2,
+     "error: x/y: No space left on device: free space there, or choose another place\n"),
+])
+def test_exit_status_and_message(body, status, text):
+    done = run_python(f"from seresnet import runtime\ndef main():\n    {body}\nruntime.run_program(main)")
+    assert (done.returncode, done.stderr) == (status, text)
+
+
+def test_a_defect_keeps_its_traceback():
+    done = run_python("from seresnet import runtime\ndef main():\n    1 / 0\nruntime.run_program(main)")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+def test_a_subclass_may_choose_its_status():
+    class Special(UserError):
+        status = 4
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_program(lambda: (_ for _ in ()).throw(Special("x")))
+    assert caught.value.code == 4
+
+
+def test_a_closed_pipe_is_no_traceback():
+    code = "from seresnet import runtime\ndef main():\n    for i in range(100000): print(i)\nruntime.run_program(main)"
+    done = subprocess.run(f"{sys.executable} -c \"{code}\" | head -n 1", shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n" and "Traceback" not in done.stderr
+
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
+
+
+@linux_only
+def test_the_allocator_is_tuned_by_one_restart_that_keeps_the_command_line():
+    code = "import sys; from seresnet import runtime; runtime.tune_allocator(); print(sys.argv[1:], runtime.allocator_state())"
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "SERESNET_ALLOCATOR")}
+    done = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, timeout=60, env=clean)
+    assert done.stdout == "['a b', '--c'] tuned\n", done.stderr
+
+
+@linux_only
+def test_the_allocator_is_left_alone_where_the_user_or_a_restart_has_set_it():
+    restart = runtime.allocator_command
+    tuned = restart({"A": "1"}, sys.executable, ["x.py"])
+    assert tuned["A"] == "1" and "glibc.malloc.hugetlb=1" in tuned["GLIBC_TUNABLES"]
+    assert restart(tuned, sys.executable, ["x.py"]) is None
+    assert restart({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, sys.executable, ["x.py"]) is None
+    assert restart({}, sys.executable, []) is None
+    other = restart({"GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=512"}, sys.executable, ["x.py"])
+    assert other["GLIBC_TUNABLES"].startswith("glibc.rtld.optional_static_tls=512:glibc.malloc.")
+
+
+def test_seeds_do_not_overlap():
+    seeds = {runtime.stream_seed(seed, stream, epoch) for seed in range(20) for stream in range(4) for epoch in range(20)}
+    assert len(seeds) == 20 * 4 * 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert runtime.stream_seed(0, 2, 0) == 8597659618385908031    # the same on every machine
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert runtime.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="run.device: cuda:99 is not there"):
+        runtime.pick_device("cuda:99")
+
+
+def test_number_formats():
+    cpu = torch.device("cpu")
+    assert runtime.pick_dtype("fp32", cpu) == torch.float32 and runtime.pick_dtype("bf16", cpu) == torch.bfloat16
+    assert runtime.pick_dtype("auto", cpu) == (torch.bfloat16 if runtime.cpu_has_bf16() else torch.float32)
+    with pytest.raises(UserError, match="run.precision: fp16 needs a GPU"):
+        runtime.pick_dtype("fp16", cpu)
+
+
+def test_torchvision_can_be_imported_beside_this_torch():
+    done = run_python("from seresnet import runtime; runtime.import_torchvision(); import torchvision.transforms, "
+                      "torchvision.datasets; print(torchvision.datasets.CIFAR10.tgz_md5)")
+    assert done.stdout == "c58f30108f718f92721af3b95e74349a\n", done.stderr
+
+
+def test_the_machine_and_versions_are_described():
+    machine, versions = runtime.describe_machine(), runtime.describe_versions()
+    assert machine["cores"] >= 1 and machine["allocator"] in ("tuned", "user", "default")
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert "not installed" not in versions.values()
