@@ -61,7 +61,6 @@ class Sources:
 class Beton:
     train: str = key("data/cifar10_train.beton", "training split as an FFCV file")
     test: str = key("data/cifar10_test.beton", "test split as an FFCV file")
-    workers: int = key(0, "processes that write; 0 for one a core", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Loader:
     batch_size: int = key(500, "images a training step", at_least=1)
     mode: str = key("auto", "stream reads through FFCV every epoch, resident keeps the set on the device",
                     one_of=("auto", "stream", "resident"))
-    workers: int = key(0, "decoding threads of FFCV; 0 for one a core", at_least=0)
+    workers: int = key(0, "decoding threads of FFCV; 0 for one, which is enough for raw pixels", at_least=0)
     batches_ahead: int = key(3, "batches FFCV prepares in advance", at_least=1)
     drop_last: bool = key(True, "leave out each epoch's last batch where it is not full (training only)")
 
@@ -119,16 +118,20 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    name: str = key("sgd", "optimizer", one_of=("sgd", "adamw"))
-    lr: float = key(0.1, "peak learning rate of the weights", above=0)
-    momentum: float = key(0.9, "of sgd", at_least=0, below=1)
-    nesterov: bool = key(True, "Nesterov's form of sgd's momentum")
+    name: str = key("sgd", "optimizer; muon orthogonalises the updates of convolutions and leaves the rest to sgd",
+                    one_of=("sgd", "adamw", "muon"))
+    lr: float = key(0.1, "peak learning rate of the weights; with muon, of convolutions", above=0)
+    momentum: float = key(0.9, "of sgd and muon", at_least=0, below=1)
+    nesterov: bool = key(True, "Nesterov's form of the momentum")
+    sgd_lr: float = key(0.1, "peak learning rate of what muon leaves to sgd", above=0)
+    sgd_momentum: float = key(0.85, "momentum of what muon leaves to sgd", at_least=0, below=1)
     betas: list[float] = key((0.9, 0.999), "of adamw", at_least=0, below=1, lengths=(2,))
-    weight_decay: float = key(5e-4, "L2 on the gradient with sgd, decoupled with adamw", at_least=0)
+    weight_decay: float = key(5e-4, "L2 on the gradient with sgd, decoupled with adamw, not on muon's convolutions",
+                              at_least=0)
     decay: str = key("weights", "what decays: weights of convolutions, linear maps and SE, or all parameters",
                      one_of=("weights", "all"))
-    norm_bias_lr_scale: float = key(1.0, "learning rate of norm biases, as a multiple of lr", above=0)
-    se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr", above=0)
+    norm_bias_lr_scale: float = key(1.0, "learning rate of norm biases, as a multiple of lr (sgd_lr)", above=0)
+    se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr (sgd_lr)", above=0)
     clip_norm: float = key(0.0, "largest norm over all gradients; 0 for no clipping", at_least=0)
     clip_value: float = key(0.0, "largest absolute entry of a gradient; 0 for no clipping", at_least=0)
     schedule: str = key("cosine", "course of the learning rate after the warm-up",

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 DECAYS = ("weights", "all")
-KINDS = ("weight", "norm_scale", "norm_bias", "bias", "se")
+KINDS = ("conv", "linear", "norm_scale", "norm_bias", "bias", "se")
 
 
 def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable parameter of `model` in exactly one kind, chosen by the module that owns it.
 
-    `weight`, `bias`: of convolutions and linear maps; `norm_scale`, `norm_bias`: of batch normalisation; a module with
-    a `parameter_kind` (`se`: squeeze-and-excitation) names the kind of all that is inside it. Raises TypeError for an owner it does not know.
+    `conv`, `linear`: weights of convolutions and linear maps, `bias` the biases of both; `norm_scale`, `norm_bias`: of
+    batch normalisation; a module with a `parameter_kind` (`se`: squeeze-and-excitation) names the kind of all that is
+    inside it. Raises TypeError for an owner it does not know.
     """
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     taken: set[int] = set()
@@ -32,7 +33,7 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             elif isinstance(module, nn.BatchNorm2d):
                 kind = "norm_scale" if name == "weight" else "norm_bias"
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                kind = "weight" if name == "weight" else "bias"
+                kind = "bias" if name == "bias" else "conv" if isinstance(module, nn.Conv2d) else "linear"
             else:
                 raise TypeError(f"{type(module).__name__}.{name}: no kind is known for this parameter")
             kinds[kind].append(parameter)
@@ -41,27 +42,114 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float = 0.9, nesterov: bool = True,
                     betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0, decay: str = "weights",
-                    norm_bias_lr_scale: float = 1.0, se_lr_scale: float = 1.0) -> torch.optim.Optimizer:
-    """SGD (with momentum, Nesterov's form by choice) or AdamW over groups by kind.
+                    norm_bias_lr_scale: float = 1.0, se_lr_scale: float = 1.0, sgd_lr: float = 0.1,
+                    sgd_momentum: float = 0.85) -> torch.optim.Optimizer:
+    """SGD (with momentum, Nesterov's form by choice), AdamW or Muon over groups by kind.
 
     lr: peak learning rate of the weights; norm biases and SE take it times their scale. decay: `weights` decays
     weights and SE's maps, and leaves scales and biases free, `all` decays every parameter (as torch does by default).
-    Each group carries `kind` and `peak_lr`; `set_learning_rate` scales the latter by the schedule.
     Decay is torch's: added to the gradient in SGD, decoupled in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+    With `muon`, lr and momentum are those of convolutions; all else takes SGD with sgd_lr, sgd_momentum and the decay.
+    Each group carries `kind` and `peak_lr`; `set_learning_rate` scales the latter by the schedule.
     """
     scales = {"norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
     groups = []
     for kind, parameters in parameters_by_kind(model).items():
         if parameters:
-            decayed = decay == "all" or kind in ("weight", "se")
-            peak_lr = lr * scales.get(kind, 1.0)
-            groups.append(dict(params=parameters, kind=kind, lr=peak_lr, peak_lr=peak_lr,
-                               weight_decay=weight_decay if decayed else 0.0))
+            decayed = decay == "all" or kind in ("conv", "linear", "se")
+            orthogonal = name == "muon" and kind == "conv"
+            peak_lr = (sgd_lr if name == "muon" and not orthogonal else lr) * scales.get(kind, 1.0)
+            group = dict(params=parameters, kind=kind, lr=peak_lr, peak_lr=peak_lr,
+                         weight_decay=weight_decay if decayed else 0.0)
+            if name == "muon":
+                group.update(orthogonal=orthogonal, momentum=momentum if orthogonal else sgd_momentum)
+            groups.append(group)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, foreach=True)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), foreach=True)
+    if name == "muon":
+        return Muon(groups, nesterov=nesterov)
     raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, its update orthogonalised (Jordan et al., "Muon: an optimizer for hidden layers", 2024), for convolutions;
+    SGD with momentum for the groups that are not `orthogonal`.
+
+    A filter bank (C_out, C_in, k, k) is taken as a matrix of C_out rows, as Jordan's CIFAR-10 speed run does, and kept at
+    the norm sqrt(C_out): behind a batch normalisation only its direction counts, so the learning rate alone sets the
+    angle that a step turns it by. Orthogonal groups therefore know no weight decay. torch.optim.Muon takes matrices alone
+    and orthogonalises them one by one; here all of one shape are one batched product.
+    """
+
+    def __init__(self, groups: Sequence[dict], nesterov: bool = True):
+        super().__init__(groups, dict(lr=0.1, peak_lr=0.1, momentum=0.6, weight_decay=0.0, orthogonal=False,
+                                      nesterov=nesterov))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            gradients = [p.grad for p in weights]
+            if group["weight_decay"] and not group["orthogonal"]:
+                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            for p in weights:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in weights]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            updates = buffers
+            if group["nesterov"]:
+                updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            if group["orthogonal"]:
+                updates = _orthogonal_updates(updates)
+                norms = torch._foreach_norm(weights)
+                torch._foreach_div_(weights, torch._foreach_add(norms, 1e-12))
+                torch._foreach_mul_(weights, [len(p) ** 0.5 for p in weights])
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        return loss
+
+
+def _orthogonal_updates(updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each (C_out, ...) as the nearest semi-orthogonal matrix, in its own shape; those of one shape in one batch."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, update in enumerate(updates):
+        shapes.setdefault(update.shape, []).append(i)
+    results: list[torch.Tensor] = [None] * len(updates)
+    for shape, places in shapes.items():
+        # channels-last memory read in its own order: a permutation of the columns, which orthogonalising commutes with
+        matrices = torch.stack([updates[i].movedim(1, -1).reshape(len(updates[i]), -1) for i in places])
+        matrices = orthogonalise(matrices).reshape(len(places), shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+        for i, matrix in zip(places, matrices):
+            results[i] = matrix
+    return results
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """(B, R, C) -> float32 (B, R, C): U V^T of each matrix's singular value decomposition U S V^T, roughly.
+
+    `steps` rounds of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024): singular values
+    end between about 0.5 and 1.2 rather than at 1, which costs training nothing. Products are computed in `dtype`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.float()
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)    # no singular value above 1: it converges
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

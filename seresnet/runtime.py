@@ -11,8 +11,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +149,33 @@ def import_torchvision():
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: `make setup`, or pip install torchvision") from error
     return torchvision
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Give torch back the threads it had: `import ffcv` and every FFCV loader set them, for the whole process."""
+    import torch
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on `device` now; of the machine's memory where the device has none of its own."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:    # /proc/meminfo counts the page cache that would make room; sysconf does not
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,391 @@
+"""uint8 arrays -> .beton (temporary file, verified, renamed), and a beton's checks before use.
+
+A beton is FFCV's file: header, field descriptors, one metadata row a sample, pages of pixels, allocation table. FFCV's
+reader believes whatever these say: a file that was cut off, or whose writing was interrupted, opens without an error and
+yields garbage. So everything is checked here first, with numpy alone. Beside each beton lies `<name>.beton.json`, the
+sidecar: what FFCV has no room for (class names, statistics, origin) and the hashes to check the beton against.
+"""
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from seresnet import runtime
+from seresnet.runtime import UserError
+from seresnet.sources import Split, channel_statistics
+
+FORMAT = 1    # of the sidecar; raised when a reader of today could not understand it
+# The layout of FFCV 1.0.2 (ffcv/types.py, ffcv/fields/rgb_image.py), for a file with an RGB image and an integer label.
+VERSION = 2
+HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"),
+                   ("alloc_table_ptr", "<u8")])
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+SAMPLE = np.dtype({"names": ["mode", "width", "height", "data_ptr", "label"], "formats": ["u1", "<u2", "<u2", "<u8", "<i8"],
+                   "offsets": [0, 1, 3, 5, 16], "itemsize": 24})
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = [(2, b"image"), (1, b"label")]    # RGBImageField, IntField
+RAW = 1                                    # `mode` of pixels that are stored as they are
+AGAIN = "write it again with `python write_datasets.py --config-file ... --force`"
+
+
+class BetonError(UserError):
+    """A beton or its sidecar is missing, damaged, foreign, or does not fit the recipe."""
+
+
+@dataclass(frozen=True)
+class Beton:
+    """A beton that was checked. mean, std: a channel, over this split, in pixel values (0 to 255). labels: int64 (N,)."""
+
+    path: Path
+    samples: int
+    height: int
+    width: int
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str
+    labels: np.ndarray
+    name: str
+    source: str
+    identity: tuple[int, ...]    # of the file on disk, as file_identity gives it
+
+    def check_unchanged(self) -> None:
+        """Raise BetonError where the file at `path` is no longer the one that was checked."""
+        try:
+            same = file_identity(self.path) == self.identity
+        except OSError as error:
+            raise BetonError(f"{self.path}: {error.strerror} (it was there when this program started)") from error
+        if not same:
+            raise BetonError(f"{self.path}: was changed while it was in use: start again")
+
+
+def file_identity(path: Path) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change: another file, or another content, has another one."""
+    s = os.stat(path)
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+def sidecar_path(path: Path | str) -> Path:
+    return Path(f"{path}.json")
+
+
+# -- writing ------------------------------------------------------------------------------------------------------------
+
+def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], name: str, source: str, fingerprint: str,
+                progress: Callable[[int], None] = lambda written: None) -> Beton:
+    """Write one split as raw pixels, so that at any moment `path` is the old file or the new one, whole.
+
+    split: uint8 (N, H, W, 3) and int64 (N,) in [0, len(classes)). name, source, fingerprint: of the data set, for the
+    sidecar. progress(n) hears how many samples are written. The new file is read back and compared pixel for pixel
+    before it takes the old one's place. Raises BetonError where it cannot be written or does not read back; the old
+    file is then untouched.
+    """
+    path = Path(path)
+    images = np.ascontiguousarray(split.images)
+    _check_writable(path, images)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        _write_samples(temporary, images, split.labels, progress)
+        whole = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        layout, _ = _read_layout(temporary)
+        sidecar = {
+            "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
+            "samples": len(images), "height": images.shape[1], "width": images.shape[2],
+            "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(),
+            **dict(zip(("mean", "std"), channel_statistics(images))),
+            "bytes": temporary.stat().st_size, "sha256": whole, "layout_sha256": layout.sha256,
+            "versions": runtime.describe_versions(),
+            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        written = _beton(temporary, layout, sidecar)
+        if not np.array_equal(read_images(written), images) or not np.array_equal(written.labels, split.labels):
+            raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
+                             "that was there before is untouched")
+        _sync(temporary)
+        note = Path(f"{temporary}.json")
+        note.write_text(json.dumps(sidecar, indent=1) + "\n")
+        _sync(note)
+        # Two files cannot be renamed at once. Without a sidecar a beton is not used, so at no moment do an old and a
+        # new one stand side by side.
+        sidecar_path(path).unlink(missing_ok=True)
+        os.replace(temporary, path)
+        os.replace(note, sidecar_path(path))
+        _sync(path.parent)
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be written ({error.strerror}): free space there, or choose another place with "
+                         "--beton.train and --beton.test") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        Path(f"{temporary}.json").unlink(missing_ok=True)
+    return open_beton(path)
+
+
+def _check_writable(path: Path, images: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.tmp-*"):    # of converters that were killed
+            owner = re.search(r"\.tmp-(\d+)", stale.name)
+            if owner and not _is_running(int(owner[1])):
+                stale.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be written ({error.strerror}): choose another place with --beton.train and "
+                         "--beton.test") from error
+    needed = int(images.nbytes * 1.02) + (16 << 20)    # pages that are not quite full, table, the last page
+    if free < needed:
+        raise BetonError(f"{path}: needs {needed >> 20} MiB, {free >> 20} MiB are free: free space there, or choose "
+                         "another place with --beton.train and --beton.test")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:    # somebody else's
+        return True
+    return True
+
+
+def _write_samples(path: Path, images: np.ndarray, labels: np.ndarray, progress: Callable[[int], None]) -> None:
+    """FFCV's writer, its parts called in this process.
+
+    `DatasetWriter.from_indexed_dataset` hands the samples to worker processes and waits for ever when one of them dies
+    (ffcv/writer.py, `_write_common`). Copying raw pixels is not work that wants processes: here an exception is simply
+    an exception, and the same images give the same bytes.
+    """
+    with runtime.torch_threads_kept():
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.memory_allocator import MemoryAllocator
+        from ffcv.writer import DatasetWriter, handle_sample
+    largest = images[0].nbytes
+    page_size = max(8 << 20, 1 << (largest - 1).bit_length())
+    writer = DatasetWriter(str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()},
+                           page_size=page_size, num_workers=1)
+    writer.num_samples = len(images)
+    writer.prepare()
+    try:
+        metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type, count=len(images))
+        allocator = MemoryAllocator(str(path), writer.data_region_start, page_size)
+        with allocator:
+            for i in range(len(images)):
+                handle_sample((images[i], labels[i]), i, metadata.dtype.names, metadata, allocator, writer.fields)
+                if i % 1000 == 999:
+                    progress(i + 1)
+        writer.finalize(allocator.allocations)
+    finally:
+        metadata = None    # a view of the shared memory, which cannot be closed under it
+        writer.metadata_sm.unlink()
+        try:
+            writer.metadata_sm.close()
+        except BufferError:    # an exception on its way still holds a view: it goes when that does
+            pass
+    progress(len(images))
+
+
+def _sync(path: Path) -> None:
+    """Make content (of a folder: its names) survive a power failure; systems that cannot sync folders are left alone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a beton's structure says, checked to be consistent: sample i's pixels start at byte pointers[i]."""
+
+    height: int
+    width: int
+    labels: np.ndarray
+    pointers: np.ndarray
+    sha256: str    # of header, descriptors, metadata and table: all but the pixels
+
+
+def open_beton(path: Path | str, *, classes: int | None = None, image_size: int | None = None,
+               verify: str = "quick") -> Beton:
+    """Check a beton and its sidecar before use.
+
+    verify: `quick` (a few milliseconds) checks that every part of the structure fits the file's length, the other parts
+    and the sidecar's hash of them, so that only flipped bits inside pixels go unnoticed; `full` hashes those too.
+    classes, image_size: what the recipe wants. Raises BetonError with path, finding and way out.
+    """
+    path = Path(path)
+    layout, size = _read_layout(path)
+    sidecar = _read_sidecar(path)
+    found = {"bytes": size, "samples": len(layout.labels), "height": layout.height, "width": layout.width}
+    for what, value in found.items():
+        if sidecar[what] != value:
+            raise BetonError(f"{path}: {what}: is {value}, its sidecar {sidecar_path(path)} says {sidecar[what]}: "
+                             f"they do not belong together; {AGAIN}")
+    if sidecar["layout_sha256"] != layout.sha256:
+        raise BetonError(f"{path}: was changed since it was written (the hash of its structure differs from the one in "
+                         f"{sidecar_path(path)}): {AGAIN}")
+    beton = _beton(path, layout, sidecar)
+    if beton.labels.min() < 0 or beton.labels.max() >= len(beton.classes):
+        raise BetonError(f"{path}: labels lie in [{beton.labels.min()}, {beton.labels.max()}], expected "
+                         f"[0, {len(beton.classes) - 1}]: {AGAIN}")
+    if verify == "full":
+        with open(path, "rb") as file:
+            whole = _sha256(file)
+        if whole != beton.sha256:
+            raise BetonError(f"{path}: its sha256 is {whole}, its sidecar says {beton.sha256}: it was damaged since it "
+                             f"was written; {AGAIN}")
+    problems = []
+    if classes is not None and classes != len(beton.classes):
+        problems.append(f"{path}: has {len(beton.classes)} classes ({', '.join(beton.classes[:4])}, ...), model.classes "
+                        f"is {classes}: set --model.classes {len(beton.classes)}, or name another beton")
+    if image_size is not None and (beton.height, beton.width) != (image_size, image_size):
+        problems.append(f"{path}: has images of {beton.width} x {beton.height} pixels, model.image_size is {image_size}: "
+                        "set model.image_size, or name another beton")
+    if problems:
+        raise BetonError(*problems)
+    return beton
+
+
+def is_current(path: Path | str, fingerprint: str) -> bool:
+    """Whether a whole beton lies at `path` that was written from the data set with this fingerprint."""
+    try:
+        open_beton(path, verify="full")
+        return _read_sidecar(Path(path))["fingerprint"] == fingerprint
+    except BetonError:
+        return False
+
+
+def read_images(beton: Beton) -> np.ndarray:
+    """All pixels, uint8 (N, H, W, 3), read by numpy alone: what FFCV should yield."""
+    layout, _ = _read_layout(beton.path)
+    images = np.empty((beton.samples, beton.height, beton.width, 3), np.uint8)
+    a_sample = images[0].nbytes
+    content = np.memmap(beton.path, np.uint8, mode="r")
+    order = np.argsort(layout.pointers)
+    gaps = np.flatnonzero(np.diff(layout.pointers[order]) != a_sample) + 1    # between pages
+    for run in np.split(order, gaps):
+        start = layout.pointers[run[0]]
+        images[run] = content[start:start + len(run) * a_sample].reshape(-1, *images.shape[1:])
+    return images
+
+
+def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
+    return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
+                 tuple(sidecar["std"]), sidecar["sha256"], layout.labels, sidecar["name"], sidecar["source"],
+                 file_identity(path))
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_layout(path: Path) -> tuple[_Layout, int]:
+    """The structure of the file at `path`, and its size. Raises BetonError unless all of it holds together."""
+    def refuse(finding: str):
+        raise BetonError(f"{path}: {finding}: it is cut off, damaged, or no beton of ours; {AGAIN}")
+
+    try:
+        kind = os.stat(path)
+        if not stat.S_ISREG(kind.st_mode):    # opening a FIFO would wait for somebody to write into it
+            raise BetonError(f"{path}: is no regular file: name a .beton file")
+        file = open(path, "rb")
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be read ({error.strerror}): write it with "
+                         "`python write_datasets.py --config-file ...`, or name another") from error
+    with file:
+        size = kind.st_size
+        head = file.read(HEADER.itemsize)
+        if len(head) < HEADER.itemsize:
+            refuse(f"has {size} bytes, less than a header")
+        header = np.frombuffer(head, HEADER)[0]
+        samples, table_start, page_size = (int(header[k]) for k in ("num_samples", "alloc_table_ptr", "page_size"))
+        if header["version"] != VERSION:
+            refuse(f"its first bytes give the version {header['version']}, FFCV's is {VERSION}")
+        if header["num_fields"] != len(FIELDS):
+            refuse(f"has {header['num_fields']} fields, expected {len(FIELDS)}, image and label")
+        if page_size < 1 << 21 or page_size & (page_size - 1):
+            refuse(f"has a page size of {page_size}, expected a power of two from 2 MiB")
+        if table_start == 0:
+            refuse("has no allocation table: its writing was interrupted")
+        metadata_start = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+        if not 1 <= samples <= (size - metadata_start) // SAMPLE.itemsize:
+            refuse(f"claims {samples} samples, for which {size} bytes are not enough")
+        if table_start > size or size - table_start != samples * ALLOCATION.itemsize:
+            refuse(f"its allocation table starts at byte {table_start} of {size}, expected {samples} entries of "
+                   f"{ALLOCATION.itemsize} bytes up to the end")
+        descriptors = file.read(len(FIELDS) * FIELD.itemsize)
+        fields = [(int(f["type_id"]), bytes(f["name"])) for f in np.frombuffer(descriptors, FIELD)]
+        if fields != FIELDS:
+            refuse(f"has the fields {fields}, expected {FIELDS} (FFCV type, name)")
+        rows = file.read(samples * SAMPLE.itemsize)
+        file.seek(table_start)
+        entries = file.read(samples * ALLOCATION.itemsize)
+    if len(rows) != samples * SAMPLE.itemsize or len(entries) != samples * ALLOCATION.itemsize:
+        refuse("changed while it was read")
+    metadata, table = np.frombuffer(rows, SAMPLE), np.frombuffer(entries, ALLOCATION)
+    height, width = int(metadata["height"][0]), int(metadata["width"][0])
+    if not height or not width or (metadata["height"] != height).any() or (metadata["width"] != width).any():
+        refuse("holds images of different sizes, or of none")
+    if (metadata["mode"] != RAW).any():
+        refuse("holds images that are not stored as raw pixels")
+    a_sample = height * width * 3
+    if (table["size"] != a_sample).any():
+        refuse(f"its allocation table has regions that are not of {height} x {width} x 3 bytes")
+    first_page = metadata_start + len(rows)
+    if (table["ptr"] < first_page).any() or (table["ptr"] > table_start - a_sample).any() or table_start < a_sample:
+        refuse("its allocation table points outside its pages")
+    pointers = np.sort(table["ptr"])
+    if (np.diff(pointers) < a_sample).any():
+        refuse("its allocation table has regions that overlap")
+    if not np.array_equal(pointers, np.sort(metadata["data_ptr"])):
+        refuse("its samples point elsewhere than its allocation table")
+    digest = hashlib.sha256(head + descriptors)
+    digest.update(rows)
+    digest.update(entries)
+    return _Layout(height, width, metadata["label"].astype(np.int64), metadata["data_ptr"].astype(np.int64),
+                   digest.hexdigest()), size
+
+
+def _read_sidecar(path: Path) -> dict:
+    """The content of the sidecar, each entry of the type that write_beton gives it."""
+    place = sidecar_path(path)
+    try:
+        if not stat.S_ISREG(os.stat(place).st_mode):
+            raise BetonError(f"{place}: is no regular file: {AGAIN}")
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BetonError(f"{place}: cannot be read ({error.strerror}); it belongs to {path.name} and holds its classes and "
+                         f"hashes: {AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise BetonError(f"{place}: is no JSON ({error}): {AGAIN}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise BetonError(f"{place}: is of format {found!r}, this version reads {FORMAT}: {AGAIN}")
+    kinds = {"name": str, "source": str, "fingerprint": str, "classes": [str], "samples": int, "height": int, "width": int,
+             "mean": [float], "std": [float], "bytes": int, "sha256": str, "layout_sha256": str}
+    for entry, kind in kinds.items():
+        value = content.get(entry)
+        if isinstance(kind, list):
+            good = isinstance(value, list) and all(type(v) is kind[0] for v in value)
+        else:
+            good = type(value) is kind
+        if not good:
+            raise BetonError(f"{place}: {entry}: got {value!r}, expected {kind}: it is damaged; {AGAIN}")
+    if len(content["classes"]) < 1 or len(content["mean"]) != 3 or len(content["std"]) != 3:
+        raise BetonError(f"{place}: needs class names and a mean and deviation of three channels: {AGAIN}")
+    return content

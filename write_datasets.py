@@ -1,0 +1,45 @@
+"""Write a data set as FFCV files: python write_datasets.py --config-file rn_configs/se94.yaml [--section.key value ...]
+
+Reads what lies at sources.path, checks it, and writes beton.train and beton.test with a sidecar each. What is up to date
+is skipped; --force writes it again. Exit status: 0 done, 2 something to mend in config, data or disk, 4 a download that
+failed, 130 interrupted.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from seresnet import beton, config, report, runtime, sources
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--force", action="store_true", help="write again what is up to date")
+    settings, own = config.parse(sys.argv[1:], parser)
+    targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
+    source = sources.find_source(settings.sources.path, settings.sources.kind)
+    print(f"source: {source.describe()}", flush=True)
+    fingerprint = source.fingerprint()
+    outdated = [name for name, path in targets.items() if own.force or not beton.is_current(path, f"{fingerprint}/{name}")]
+    for name, path in targets.items():
+        if name not in outdated:
+            print(f"{name}: {path} is up to date", flush=True)
+    if not outdated:
+        return
+    images = source.read()
+    for name in outdated:
+        started, split = time.perf_counter(), getattr(images, name)
+        with report.CountBar(len(split.labels), name, " images") as bar:
+            written = beton.write_beton(targets[name], split, classes=images.classes, name=images.name,
+                                        source=images.source, fingerprint=f"{fingerprint}/{name}", progress=bar)
+        print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
+              f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
+              f"read back in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _pixels(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.2f}" for value in values)
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
