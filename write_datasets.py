@@ -1,8 +1,8 @@
 """Write a data set as FFCV files: python write_datasets.py --config-file rn_configs/se94.yaml [--section.key value ...]
 
 Reads what lies at sources.path, checks it, and writes beton.train and beton.test with a sidecar each. What is up to date
-is skipped; --force writes it again. Exit status: 0 done, 2 something to mend in config, data or disk, 4 a download that
-failed, 130 interrupted.
+is skipped; --force writes it again. Exit status: 0 done, 2 something to mend in config, data or disk, 4 no data set
+there and none downloaded, 130 interrupted.
 """
 import argparse
 import sys

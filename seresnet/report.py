@@ -164,9 +164,9 @@ def _plain(value: object) -> str:
 
 def print_epoch(record: Mapping, epochs: int) -> None:
     """One line: epoch, train loss and accuracy, evaluated loss and accuracy, images/s, seconds."""
-    evaluated = " " * 24
+    evaluated = " " * 21
     if record["test_accuracy"] is not None:
-        evaluated = f"  test {record['test_loss']:.4f} {record['test_accuracy']:7.2%}"
+        evaluated = f"  eval {record['test_loss']:.4f} {record['test_accuracy']:7.2%}"
     width = len(str(epochs))
     print(f"epoch {record['epoch']:{width}}/{epochs}  train {record['train_loss']:.4f} {record['train_accuracy']:7.2%}"
           f"{evaluated}  {record['images_per_second']:9,.0f} images/s  {record['train_seconds']:.1f} s"

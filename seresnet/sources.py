@@ -43,10 +43,14 @@ class SourceError(UserError):
     """A data set is missing, unreadable, or not what it claims to be."""
 
 
-class DownloadError(SourceError):
-    """CIFAR-10 could not be downloaded. Exit status 4, so that a caller can tell it from every other mistake."""
+class MissingError(SourceError):
+    """Nothing that we read is there. Exit status 4, so that a caller can tell it from every other mistake."""
 
     status = 4
+
+
+class DownloadError(MissingError):
+    """CIFAR-10 could not be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def find_source(path: str | Path, kind: str = "auto") -> Source:
     """What lies at `path`: the thing itself, or a folder that holds it.
 
     kind: `auto` takes the first of binary, pickle, archive and folder that is there; a name demands that one. `download`
-    (into `path`) and `digits` (no path) are only taken when named. Raises SourceError where nothing fits.
+    (into `path`) and `digits` (no path) are only taken when named. Raises MissingError where nothing is there, SourceError
+    where something else is.
     """
     path = Path(path)
     if kind in ("download", "digits"):
@@ -145,7 +150,7 @@ def find_source(path: str | Path, kind: str = "auto") -> Source:
     there = "is there, but holds no data set that we read" if path.exists() else "does not exist"
     if found:
         there = f"holds {', '.join(found)}, not {kind}"
-    raise SourceError(f"sources.path: {path} {there} (looked in {Path.cwd()}). {SUPPLY}, or let --sources.kind download "
+    raise (SourceError if found else MissingError)(f"sources.path: {path} {there} (looked in {Path.cwd()}). {SUPPLY}, or let --sources.kind download "
                       "fetch CIFAR-10")
 
 

@@ -12,7 +12,7 @@ from seresnet.config import build
 from seresnet.runtime import NonFiniteLoss, UserError
 from seresnet.sources import Split
 
-CLASSES = ("dark", "left", "right")
+CLASSES = ("dark", "top", "bottom")
 SMALL = {"loader.batch_size": 16, "model.blocks": [1, 1], "model.channels": [8], "model.classes": 3,
          "model.image_size": 16, "model.se": "block", "model.se_reduction": 2, "augment.flip": "none",
          "augment.translate": 1, "optim.lr": 0.05, "loop.epochs": 3, "evaluate.batch_size": 32, "run.device": "cpu",
@@ -20,12 +20,12 @@ SMALL = {"loader.batch_size": 16, "model.blocks": [1, 1], "model.channels": [8],
 
 
 def stripes(count, seed):
-    """Noisy 16x16 images, bright nowhere, on the left or on the right: a net learns them in a few steps."""
+    """Noisy 16x16 images, bright nowhere, above or below: a net learns them in a few steps."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = rng.integers(0, 100, (count, 16, 16, 3))
-    images[labels == 1, :, :8] += 100
-    images[labels == 2, :, 8:] += 100
+    images[labels == 1, :8] += 100
+    images[labels == 2, 8:] += 100
     return Split(images.astype(np.uint8), labels.astype(np.int64))
 
 
@@ -34,7 +34,7 @@ def betons(tmp_path_factory):
     folder = tmp_path_factory.mktemp("betons")
     for name, count, seed in (("train", 150, 0), ("test", 61, 1)):
         write_beton(folder / f"{name}.beton", stripes(count, seed), classes=CLASSES, name="stripes", source="test",
-                    fingerprint="x", workers=1)
+                    fingerprint="x")
     return {"beton.train": str(folder / "train.beton"), "beton.test": str(folder / "test.beton")}
 
 

@@ -1,4 +1,5 @@
 """optim: every parameter in one group of its kind, schedules by table, clipping and steps against plain arithmetic."""
+import copy
 import math
 
 import pytest
@@ -33,8 +34,8 @@ def test_every_trainable_parameter_is_in_exactly_one_kind(changes):
         if isinstance(module, nn.BatchNorm2d):
             assert (kind_of[id(module.weight)], kind_of[id(module.bias)]) == ("norm_scale", "norm_bias")
         if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
-            assert kind_of[id(module.weight)] == "weight"
-    assert (kind_of[id(model.head.weight)], kind_of[id(model.head.bias)]) == ("weight", "bias")
+            assert kind_of[id(module.weight)] == "conv"
+    assert (kind_of[id(model.head.weight)], kind_of[id(model.head.bias)]) == ("linear", "bias")
 
 
 def test_a_parameter_of_no_known_kind_is_an_error():
@@ -45,7 +46,7 @@ def test_a_parameter_of_no_known_kind_is_an_error():
 def test_groups_carry_their_own_rate_and_decay():
     optimizer = optim.build_optimizer(net(), name="sgd", lr=0.5, weight_decay=0.01, norm_bias_lr_scale=8, se_lr_scale=0.1)
     rates = {g["kind"]: (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups}
-    assert rates == {"weight": (0.5, 0.01), "norm_scale": (0.5, 0), "norm_bias": (4, 0), "bias": (0.5, 0), "se": (0.05, 0.01)}
+    assert rates == {"conv": (0.5, 0.01), "linear": (0.5, 0.01), "norm_scale": (0.5, 0), "norm_bias": (4, 0), "bias": (0.5, 0), "se": (0.05, 0.01)}
     optim.set_learning_rate(optimizer, 0.5)
     assert {g["kind"]: g["lr"] for g in optimizer.param_groups} == {k: v[0] / 2 for k, v in rates.items()}
     everything = optim.build_optimizer(net(), name="adamw", lr=0.5, weight_decay=0.01, decay="all")
@@ -112,3 +113,76 @@ def test_unknown_names_are_refused():
         optim.build_optimizer(net(), name="lion", lr=1.0)
     with pytest.raises(ValueError, match="schedule: 'saw'"):
         optim.learning_rate_factor(30, schedule="saw", **COMMON)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    got = optim.orthogonalise(matrices, steps=5, dtype=torch.float32).double()
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    # In the basis of the singular vectors the result has to be diagonal, with values around 1.
+    inside = u.mT @ got @ vh.mT
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-4
+    assert 0.6 < values.min() and values.max() < 1.25
+    assert torch.allclose(got @ vh.mT @ vh, got, atol=1e-4)    # nothing outside the matrix's own row space
+
+
+def test_orthogonalising_in_bf16_is_near_the_exact_polar_factor():
+    torch.manual_seed(1)
+    matrices = torch.randn(2, 64, 576)
+    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    got, want = optim.orthogonalise(matrices, steps=5).double(), u @ vh
+    cosine = (got * want).sum((1, 2)) / got.norm(dim=(1, 2)) / want.norm(dim=(1, 2))
+    assert cosine.min() > 0.98 and got.isfinite().all()
+    assert optim.orthogonalise(torch.zeros(1, 4, 8)).abs().max() == 0
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_step_is_the_formula_for_convolutions_and_sgd_elsewhere(nesterov):
+    model = net().to(memory_format=torch.channels_last)
+    optimizer = optim.build_optimizer(model, name="muon", lr=0.1, momentum=0.6, nesterov=nesterov, sgd_lr=0.2,
+                                      sgd_momentum=0.85, weight_decay=0.01, norm_bias_lr_scale=2)
+    rates = {g["kind"]: (g["peak_lr"], g["momentum"], g["orthogonal"]) for g in optimizer.param_groups}
+    assert rates["conv"] == (0.1, 0.6, True) and rates["norm_bias"] == (0.4, 0.85, False)
+    assert rates["linear"] == (0.2, 0.85, False)
+    owner = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    want = {p: p.detach().double().clone() for p in model.parameters()}
+    velocity = {p: torch.zeros_like(v) for p, v in want.items()}
+    for step in range(3):
+        torch.manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for p, weight in want.items():
+            group, gradient = owner[id(p)], p.grad.double()
+            if not group["orthogonal"]:
+                gradient = gradient + group["weight_decay"] * weight
+            velocity[p] = group["momentum"] * velocity[p] + gradient
+            update = gradient + group["momentum"] * velocity[p] if nesterov else velocity[p]
+            if group["orthogonal"]:
+                matrix = update.reshape(1, len(p), -1)
+                update = optim.orthogonalise(matrix).double().reshape(p.shape)
+                weight = weight / weight.norm() * len(p) ** 0.5
+            want[p] = weight - group["lr"] * update
+    for p, weight in want.items():
+        assert torch.allclose(p.double(), weight, atol=6e-3 if owner[id(p)]["orthogonal"] else 1e-5)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+
+
+def test_muon_state_survives_saving():
+    def steps(optimizer, model, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    first, second = net(), net()
+    a, b = (optim.build_optimizer(m, name="muon", lr=0.1, momentum=0.6) for m in (first, second))
+    steps(a, first, [0, 1])
+    second.load_state_dict(first.state_dict())
+    b.load_state_dict(copy.deepcopy(a.state_dict()))    # torch would share the buffers
+    steps(a, first, [2])
+    steps(b, second, [2])
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))

@@ -1,0 +1,36 @@
+#!/bin/sh
+# scripts/train.sh CONFIG [--section.key value ...]: convert, then train. CIFAR10_DIR names the data; without it they are
+# looked for where the recipe says (data/), then downloaded. Only here, and only where both fail (status 4), the same job
+# runs on scikit-learn's digits.
+set -u
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+config=$1
+shift
+
+convert() { "$python" write_datasets.py --config-file "$config" "$@"; }
+
+if [ -n "${CIFAR10_DIR:-}" ]; then
+    convert "$@" --sources.path "$CIFAR10_DIR" || exit
+else
+    status=0
+    convert "$@" || status=$?
+    if [ $status = 4 ]; then
+        echo "No data set is at hand: downloading CIFAR-10."
+        status=0
+        convert "$@" --sources.kind download || status=$?
+    fi
+    if [ $status = 4 ]; then
+        config=rn_configs/digits.yaml
+        echo
+        echo "CIFAR-10 is neither here nor to be had from its server. To supply it:"
+        echo "  make train CIFAR10_DIR=<folder with cifar-10-batches-bin/, cifar-10-batches-py/ or an official .tar.gz>"
+        echo "Meanwhile the same job on the data set that needs no download, scikit-learn's digits ($config):"
+        echo
+        set --
+        status=0
+        convert || status=$?
+    fi
+    [ $status = 0 ] || exit $status
+fi
+exec "$python" ffcv_train.py --config-file "$config" "$@"

@@ -1,0 +1,308 @@
+"""beton: what is written reads back, whatever does not hold together is refused before FFCV sees it, nothing is lost."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seresnet import beton
+from seresnet.beton import BetonError, is_current, open_beton, read_images, sidecar_path, write_beton
+from seresnet.sources import Split, find_source
+
+CLASSES = ("a", "b", "c")
+PARTS = (0, 2, 4, 8, 16, 24, 24 + 1041, 24 + 2 * 1041)    # where header entries, descriptors and metadata start
+
+
+def write(path, split, **changes):
+    return write_beton(path, split, **{**dict(classes=CLASSES, name="noise", source="a test", fingerprint="f"), **changes})
+
+
+@pytest.fixture
+def good(tmp_path, make_split):
+    write(tmp_path / "x.beton", make_split())
+    return tmp_path / "x.beton"
+
+
+@pytest.mark.parametrize("count, side", [(1, 4), (3, 32), (60, 8), (3000, 32)])    # 3000 take more than one page
+def test_what_is_written_reads_back(tmp_path, make_split, count, side):
+    split = make_split(count, side)
+    written = write(tmp_path / "x.beton", split)
+    assert np.array_equal(read_images(written), split.images) and np.array_equal(written.labels, split.labels)
+    assert (written.samples, written.height, written.width) == (count, side, side)
+    assert written.classes == CLASSES and (written.name, written.source) == ("noise", "a test")
+    assert np.allclose(written.mean, split.images.mean((0, 1, 2))) and np.allclose(written.std, split.images.std((0, 1, 2)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_ffcvs_own_reader_finds_the_same(tmp_path, make_split):
+    from ffcv.reader import Reader
+    split = make_split(500, 16)
+    written = write(tmp_path / "x.beton", split)
+    reader = Reader(str(written.path))
+    assert reader.num_samples == 500 and list(reader.handlers) == ["image", "label"]
+    assert np.array_equal(reader.metadata["f1"], split.labels)
+    content = np.fromfile(written.path, np.uint8)
+    for i in (0, 250, 499):
+        start = int(reader.metadata["f0"]["data_ptr"][i])
+        assert np.array_equal(content[start:start + 16 * 16 * 3], split.images[i].ravel())
+
+
+def test_images_that_are_not_square_and_not_contiguous(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 5, 7), dtype=np.uint8).transpose(0, 2, 3, 1)
+    written = write(tmp_path / "x.beton", Split(images, np.arange(9) % 3))
+    assert (written.height, written.width) == (5, 7) and np.array_equal(read_images(written), images)
+
+
+def test_the_same_images_give_the_same_file(tmp_path, make_split):
+    first, second = (write(tmp_path / f"{i}.beton", make_split(200, 16)) for i in range(2))
+    assert first.sha256 == second.sha256
+
+
+def test_real_cifar10_in_15_seconds(tmp_path, cifar10_dir):
+    images = find_source(cifar10_dir).read()
+    started = time.perf_counter()
+    for name in ("train", "test"):
+        split = getattr(images, name)
+        written = write(tmp_path / f"{name}.beton", split, classes=images.classes)
+        assert np.array_equal(read_images(written), split.images)
+    assert time.perf_counter() - started < 15
+    started = time.perf_counter()
+    for _ in range(5):
+        open_beton(tmp_path / "train.beton")
+    assert (time.perf_counter() - started) / 5 < 0.05
+
+
+def test_a_recipe_for_other_data_is_told_so(good):
+    with pytest.raises(BetonError) as caught:
+        open_beton(good, classes=10, image_size=32)
+    assert len(caught.value.problems) == 2
+    assert "has 3 classes (a, b, c, ...), model.classes is 10" in str(caught.value)
+    assert "images of 8 x 8 pixels, model.image_size is 32" in str(caught.value)
+    assert open_beton(good, classes=3, image_size=8).samples == 60
+
+
+def test_is_current_follows_the_fingerprint_and_the_bytes(good):
+    assert is_current(good, "f") and not is_current(good, "g") and not is_current(good.with_name("other"), "f")
+    content = bytearray(good.read_bytes())
+    content[-24 * 60 - 100] ^= 1    # inside the page
+    good.write_bytes(content)
+    assert not is_current(good, "f")
+
+
+# -- damage -------------------------------------------------------------------------------------------------------------
+
+def boundaries(path):
+    """Bytes at which a part of the file starts or ends."""
+    size, samples = path.stat().st_size, 60
+    metadata = PARTS[-1]
+    return {0, *PARTS, metadata + 24, metadata + 24 * samples, 8 << 20, (8 << 20) + 192, (8 << 20) + 192 * samples,
+            size - 24 * samples, size - 24, size}
+
+
+def test_a_file_cut_anywhere_is_refused(good):
+    whole = good.read_bytes()
+    rng = np.random.default_rng(0)
+    cuts = {b + d for b in boundaries(good) for d in (-1, 0, 1)} | set(rng.integers(0, len(whole), 200).tolist())
+    for cut in sorted(c for c in cuts if 0 <= c < len(whole)):
+        with open(good, "r+b") as file:
+            file.truncate(cut)
+        with pytest.raises(BetonError, match="x.beton: "):
+            open_beton(good)
+        if cut % 50 == 0:
+            assert not is_current(good, "f")
+        good.write_bytes(whole)
+    open_beton(good)
+
+
+def test_a_bit_flipped_anywhere_in_the_structure_is_refused(good):
+    whole = good.read_bytes()
+    table = len(whole) - 24 * 60
+    structure = list(range(PARTS[-1] + 24 * 60)) + list(range(table, len(whole)))
+    rng = np.random.default_rng(0)
+    places = {*range(24), *rng.choice(structure, 200).tolist()}
+    with open(good, "r+b") as file:
+        for place in sorted(places):
+            file.seek(place)
+            file.write(bytes([whole[place] ^ (1 << int(rng.integers(8)))]))
+            file.flush()
+            started = time.perf_counter()
+            with pytest.raises(BetonError, match="x.beton: "):
+                open_beton(good)
+            assert time.perf_counter() - started < 1
+            file.seek(place)
+            file.write(whole[place:place + 1])
+    open_beton(good, verify="full")
+
+
+def test_a_bit_flipped_in_a_pixel_is_found_by_the_full_check(good):
+    with open(good, "r+b") as file:
+        file.seek((8 << 20) + 1000)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    open_beton(good)
+    with pytest.raises(BetonError, match="its sha256 is"):
+        open_beton(good, verify="full")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 23, b"some text\n" * 100, b"PK\x03\x04" + bytes(5000), b"\x89PNG\r\n" + bytes(99),
+                                     b"\x80\x05]q\x00." * 20, b"\x02\x00" + bytes(3000), b"\x02\x00\x02\x00" + b"\xff" * 3000])
+def test_foreign_files_are_refused(good, content):
+    good.write_bytes(content)
+    with pytest.raises(BetonError, match="x.beton: "):
+        open_beton(good)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to(p), lambda p: p.symlink_to("nowhere"), lambda p: None])
+def test_what_is_no_file_is_refused_without_waiting(good, make):
+    good.unlink()
+    make(good)
+    started = time.perf_counter()
+    with pytest.raises(BetonError, match="x.beton: "):
+        open_beton(good)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads what it has no right to")
+def test_an_unreadable_file_is_refused(good):
+    good.chmod(0)
+    with pytest.raises(BetonError, match="Permission denied"):
+        open_beton(good)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.update(format=2), "is of format 2, this version reads 1"), (lambda s: s.pop("mean"), "mean: got None"),
+    (lambda s: s.update(classes="abc"), "classes: got 'abc'"), (lambda s: s.update(samples=True), "samples: got True"),
+    (lambda s: s.update(samples=61), "samples: is 60, its sidecar .* says 61"), (lambda s: s.update(std=[1.0]), "three channels"),
+    (lambda s: s.update(bytes=7), "bytes: is"), (lambda s: s.update(layout_sha256="0"), "was changed since"),
+    (lambda s: s.update(classes=["a", "b"]), r"labels lie in \[0, 2\], expected \[0, 1\]")])
+def test_a_wrong_sidecar_is_refused(good, change, message):
+    content = json.loads(sidecar_path(good).read_text())
+    change(content)
+    sidecar_path(good).write_text(json.dumps(content))
+    with pytest.raises(BetonError, match=message):
+        open_beton(good)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100000])
+def test_a_sidecar_that_is_no_json_is_refused(good, content):
+    sidecar_path(good).write_text(content)
+    with pytest.raises(BetonError, match="x.beton.json: is"):
+        open_beton(good)
+
+
+def test_a_beton_without_sidecar_is_refused(good):
+    sidecar_path(good).unlink()
+    with pytest.raises(BetonError, match="x.beton.json: cannot be read .*--force"):
+        open_beton(good)
+
+
+def test_another_beton_under_the_sidecar_is_refused(good, make_split):
+    other = write(good.with_name("y.beton"), make_split(60, 8, seed=5))
+    split = make_split(60, 8, seed=5)
+    write(good.with_name("z.beton"), Split(split.images, split.labels[::-1].copy()))
+    os.replace(good.with_name("z.beton"), good)
+    with pytest.raises(BetonError, match="was changed since it was written"):
+        open_beton(good)
+    assert open_beton(other.path).samples == 60
+
+
+# -- writing: nothing is lost -------------------------------------------------------------------------------------------
+
+def test_a_failure_while_writing_leaves_the_old_file(good, make_split, monkeypatch):
+    before = good.read_bytes()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(beton, "_write_samples", fails)
+    with pytest.raises(BetonError, match="x.beton: cannot be written .No space left"):
+        write(good, make_split(seed=9))
+    assert good.read_bytes() == before and open_beton(good, verify="full")
+    assert sorted(p.name for p in good.parent.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_pixels_that_do_not_read_back_are_noticed(good, make_split, monkeypatch):
+    before, whole = good.read_bytes(), beton._write_samples
+
+    def damages(path, images, labels, progress):
+        whole(path, images ^ np.uint8(images[0, 0, 0, 0] == images[0, 0, 0, 0]), labels, progress)
+    monkeypatch.setattr(beton, "_write_samples", damages)
+    with pytest.raises(BetonError, match="does not read back"):
+        write(good, make_split(seed=9))
+    assert good.read_bytes() == before
+
+
+def test_too_little_space_is_said_before_writing(good, make_split, monkeypatch):
+    usage = beton.shutil.disk_usage(good.parent)
+    monkeypatch.setattr(beton.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    with pytest.raises(BetonError, match="needs 16 MiB, 1 MiB are free"):
+        write(good, make_split())
+
+
+def test_a_bad_sample_is_an_exception_and_not_a_hang(tmp_path, make_split):
+    split = make_split()
+    with pytest.raises((ValueError, IndexError, TypeError)):
+        write(tmp_path / "x.beton", Split(split.images.astype(np.float32), split.labels))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_places_are_named(tmp_path, make_split):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BetonError, match="file/x.beton: cannot be written .(Not a directory|File exists)"):
+        write(tmp_path / "file" / "x.beton", make_split())
+    (tmp_path / "folder.beton").mkdir()
+    with pytest.raises(BetonError, match="folder.beton: cannot be written .Is a directory"):
+        write(tmp_path / "folder.beton", make_split())
+
+
+KILLED = """
+import sys, numpy as np
+from seresnet.beton import write_beton
+from seresnet.sources import Split
+print("ready", flush=True)
+while True:
+    for seed in (1, 2):
+        images = np.random.default_rng(seed).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
+        write_beton(sys.argv[1], Split(images, np.arange(300) % 3), classes=("a", "b", "c"), name="n", source="s",
+                    fingerprint=str(seed))
+"""
+
+
+def test_a_converter_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
+    path = tmp_path / "x.beton"
+    rng = np.random.default_rng(0)
+    segments = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    whole = 0
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True,
+                                   cwd=Path(__file__).parents[1])
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 30
+        while not sidecar_path(path).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        try:
+            found = open_beton(path, verify="full")
+        except BetonError as error:    # between the two renames: no sidecar, so there is no file to use
+            assert "x.beton.json: cannot be read" in str(error) or "x.beton: cannot be read" in str(error)
+            continue
+        whole += 1
+        seed = int(json.loads(sidecar_path(path).read_text())["fingerprint"])
+        images = np.random.default_rng(seed).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
+        assert np.array_equal(read_images(found), images)
+    assert whole >= 1
+    write(path, Split(images, np.arange(300) % 3))    # the next start clears what the killed ones left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+    if segments:
+        deadline = time.monotonic() + 10    # Python's resource tracker removes a dead process's shared memory
+        while set(os.listdir("/dev/shm")) - segments and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not set(os.listdir("/dev/shm")) - segments

@@ -1,0 +1,269 @@
+"""loader: both modes give the same batches, every sample once, in our order; failures come out, nothing leaks."""
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from seresnet import runtime
+from seresnet.beton import BetonError, write_beton
+from seresnet.loader import BatchLoader, LoaderError, epoch_order, holdout_split
+
+CPU = torch.device("cpu")
+MODES = ("stream", "resident")
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory, make_split):
+    """(beton, split) of 101 images of 8 x 8 pixels."""
+    split = make_split(101, 8)
+    path = tmp_path_factory.mktemp("noise") / "noise.beton"
+    return write_beton(path, split, classes=("a", "b", "c"), name="noise", source="test", fingerprint="f"), split
+
+
+def collect(batches):
+    """Copies of (images (N, H, W, 3), labels, indices) and the batch sizes."""
+    parts = [(b.images.permute(0, 2, 3, 1).clone(), b.labels.clone(), b.indices.clone()) for b in batches]
+    return [torch.cat(column).numpy() for column in zip(*parts)], [len(p[1]) for p in parts]
+
+
+# -- order --------------------------------------------------------------------------------------------------------------
+
+def test_the_order_is_fixed_by_its_definition():
+    # first entries, once computed: they have to stay, on every machine and with every numpy, or no run can be repeated
+    assert epoch_order(50000, 0, 0)[:4].tolist() == EXPECTED[0]
+    assert epoch_order(50000, 7, 3)[:4].tolist() == EXPECTED[1]
+
+
+EXPECTED = ([18634, 19031, 31749, 40765], [45017, 36162, 47407, 14147])
+
+
+@pytest.mark.parametrize("samples", [1, 2, 101, 5000])
+def test_an_order_is_a_permutation(samples):
+    for epoch in range(3):
+        order = epoch_order(samples, 5, epoch)
+        assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(samples))
+
+
+def test_seeds_and_epochs_share_no_order():
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed in range(12) for epoch in range(12)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_orders_are_uniform():
+    where = np.array([np.flatnonzero(epoch_order(10, 3, epoch) == 0)[0] for epoch in range(4000)])
+    counts = np.bincount(where, minlength=10)
+    assert ((counts - 400) ** 2 / 400).sum() < 27.9    # chi-squared, 9 degrees of freedom, one in a thousand
+
+
+def test_the_holdout_is_balanced_disjoint_and_fixed():
+    labels = np.random.default_rng(0).permutation(np.arange(1000) % 10)
+    kept, held = holdout_split(labels, 100)
+    assert np.bincount(labels[held]).tolist() == [10] * 10 and len(kept) == 900
+    assert np.array_equal(np.sort(np.concatenate([kept, held])), np.arange(1000))
+    assert np.array_equal(held, np.sort(held)) and np.array_equal(kept, np.sort(kept))
+    assert held[labels[held] == 3].tolist() == np.flatnonzero(labels == 3)[-10:].tolist()
+    with pytest.raises(LoaderError, match="multiple of the 10 classes"):
+        holdout_split(labels, 101)
+    with pytest.raises(LoaderError, match="only 100: choose less than 1000"):
+        holdout_split(labels, 1000)
+
+
+# -- batches ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_size, drop_last", [(10, False), (10, True), (101, True), (100, False), (500, False), (1, True)])
+def test_every_sample_once_with_its_own_pixels_and_label(noise, mode, batch_size, drop_last):
+    beton, split = noise
+    with BatchLoader(beton, batch_size=batch_size, device=CPU, mode=mode, seed=3, drop_last=drop_last) as batches:
+        for epoch in (0, 4):
+            (images, labels, indices), sizes = collect(batches.epoch(epoch))
+            assert len(sizes) == len(batches) and sum(sizes) == len(indices)
+            assert len(set(indices.tolist())) == len(indices) == (len(batches) * batch_size if drop_last else 101)
+            assert np.array_equal(images, split.images[indices]) and np.array_equal(labels, split.labels[indices])
+            assert np.array_equal(indices, epoch_order(101, 3, epoch)[:len(indices)])
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(drop_last=True), dict(shuffle=False), dict(indices=np.arange(5, 90, 3)),
+                                      dict(indices=np.array([7, 3, 3, 100]), shuffle=False), dict(workers=2)])
+def test_both_modes_yield_the_same_batches(noise, settings):
+    beton, _ = noise
+    settings = {**dict(batch_size=4, device=CPU, seed=1), **settings}
+    with BatchLoader(beton, mode="stream", **settings) as a, BatchLoader(beton, mode="resident", **settings) as b:
+        assert len(a) == len(b)
+        for epoch in (2, 0):
+            for one, two in zip(a.epoch(epoch), b.epoch(epoch), strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(one, two))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_keep_the_contract(noise, mode):
+    beton, _ = noise
+    with BatchLoader(beton, batch_size=32, device=CPU, mode=mode) as batches:
+        for batch in batches.epoch(0):
+            assert batch.images.shape[1:] == (3, 8, 8) and batch.images.dtype == torch.uint8
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.labels.dtype == batch.indices.dtype == torch.int64 and batch.labels.ndim == 1
+            assert batch.images.device == batch.labels.device == batch.indices.device == CPU
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_subset_in_its_own_order(noise, mode):
+    beton, split = noise
+    wanted = np.array([50, 3, 99, 4, 8])
+    with BatchLoader(beton, batch_size=2, device=CPU, mode=mode, shuffle=False, indices=wanted) as batches:
+        (images, _, indices), sizes = collect(batches.epoch(7))
+    assert indices.tolist() == wanted.tolist() and np.array_equal(images, split.images[wanted]) and sizes == [2, 2, 1]
+
+
+def test_auto_keeps_what_fits(noise, monkeypatch):
+    beton, _ = noise
+    size = 101 * 8 * 8 * 3
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 4 * size)
+    assert BatchLoader(beton, batch_size=10, device=CPU).mode == "resident"
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 4 * size - 4)
+    assert BatchLoader(beton, batch_size=10, device=CPU).mode == "stream"
+    assert runtime.free_memory(CPU) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_real_cifar10_pixel_for_pixel(cifar10_dir, tmp_path, mode):
+    from seresnet.sources import find_source
+    images = find_source(cifar10_dir).read()
+    beton = write_beton(tmp_path / "x.beton", images.train, classes=images.classes, name="cifar10", source="x", fingerprint="f")
+    with BatchLoader(beton, batch_size=500, device=CPU, mode=mode) as batches:
+        seen = np.zeros(50000, bool)
+        for batch in batches.epoch(0):
+            at = batch.indices.numpy()
+            assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), images.train.images[at])
+            assert np.array_equal(batch.labels.numpy(), images.train.labels[at])
+            seen[at] = True
+        assert seen.all()
+
+
+def test_several_passes_at_once_do_not_disturb_each_other(noise):
+    beton, split = noise
+    with BatchLoader(beton, batch_size=10, device=CPU, mode="stream", workers=2) as batches:
+        for one, two in zip(batches.epoch(0), batches.epoch(1)):
+            for batch in (one, two):
+                assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), split.images[batch.indices.numpy()])
+
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchs_threads_are_untouched(noise, mode):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with BatchLoader(noise[0], batch_size=10, device=CPU, mode=mode, workers=1) as batches:
+            for _ in batches.epoch(0):
+                assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(batch_size=102, drop_last=True), "101 images give no batch of loader.batch_size = 102"),
+    (dict(batch_size=1, indices=np.array([], np.int64)), "0 images give no batch"),
+    (dict(batch_size=1, indices=np.array([0, 101])), "101 samples, asked for indices from 0 to 101"),
+    (dict(batch_size=1, indices=np.array([-1])), "indices from -1")])
+def test_an_empty_pass_is_an_error(noise, settings, message):
+    with pytest.raises(LoaderError, match=message):
+        BatchLoader(noise[0], device=CPU, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failing_pipeline_comes_out_within_five_seconds(noise, mode, monkeypatch):
+    from ffcv.loader.epoch_iterator import EpochIterator
+    whole = EpochIterator.run_pipeline
+
+    def fails(self, b_ix, *arguments):
+        if b_ix == 3:
+            raise RuntimeError("a broken decoder")
+        return whole(self, b_ix, *arguments)
+    with BatchLoader(noise[0], batch_size=5, device=CPU, mode=mode) as batches:
+        next(batches.epoch(0))    # compiled
+        batches._resident = None
+        monkeypatch.setattr(EpochIterator, "run_pipeline", fails)
+        started = time.perf_counter()
+        with pytest.raises(LoaderError, match="noise.beton: FFCV could not read a batch .RuntimeError: a broken decoder"):
+            list(batches.epoch(0))
+        assert time.perf_counter() - started < 5
+        monkeypatch.undo()
+        assert len(list(batches.epoch(0))) == len(batches)    # and the loader goes on
+
+
+def test_a_reader_that_dies_in_silence_is_noticed(noise, monkeypatch):
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    def dies(self, *_):
+        self.terminate_event.set()    # hand_over gives up: the thread ends without a word
+        return ()
+    with BatchLoader(noise[0], batch_size=5, device=CPU, mode="stream") as batches:
+        monkeypatch.setattr(EpochIterator, "run_pipeline", dies)
+        with pytest.raises(LoaderError, match="ended without a word"):
+            list(batches.epoch(0))
+
+
+def test_a_stuck_reader_is_given_up(noise, monkeypatch):
+    from ffcv.loader.epoch_iterator import EpochIterator
+    free = threading.Event()
+    with BatchLoader(noise[0], batch_size=5, device=CPU, mode="stream", timeout_seconds=0.5) as batches:
+        next(batches.epoch(0))
+        monkeypatch.setattr(EpochIterator, "run_pipeline", lambda self, *_: free.wait(3) and ())
+        with pytest.raises(LoaderError, match="no batch for 0 s: FFCV's reader is stuck"):
+            list(batches.epoch(0))
+        free.set()
+
+
+def reader_threads():
+    return [t for t in threading.enumerate() if type(t).__name__ == "Reading"]
+
+
+@pytest.mark.parametrize("leave_after", [1, 19, 21])
+def test_leaving_early_leaks_no_thread(noise, leave_after):
+    with BatchLoader(noise[0], batch_size=5, device=CPU, mode="stream") as batches:
+        assert len(batches) == 21
+        for epoch in range(12):
+            for i, _ in enumerate(batches.epoch(epoch), 1):
+                if i == leave_after:
+                    break
+            assert not reader_threads()
+        unused = batches.epoch(0)
+        next(unused)
+        del unused
+        assert not reader_threads()
+
+
+@pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.touch()])
+def test_a_file_that_changed_under_a_training_is_noticed(tmp_path, make_split, change):
+    beton = write_beton(tmp_path / "x.beton", make_split(), classes=("a", "b", "c"), name="n", source="s", fingerprint="f")
+    with BatchLoader(beton, batch_size=10, device=CPU, mode="stream") as batches:
+        list(batches.epoch(0))
+        time.sleep(0.02)
+        change(beton.path)
+        with pytest.raises(BetonError, match="x.beton: .*(No such file|was changed while it was in use)"):
+            list(batches.epoch(1))
+
+
+def test_a_worker_count_above_the_cores_is_cut(noise):
+    with BatchLoader(noise[0], batch_size=10, device=CPU, mode="stream", workers=64) as batches:
+        assert len(list(batches.epoch(0))) == 11
+
+
+def test_ffcvs_errors_name_the_file(noise, monkeypatch):
+    import ffcv.loader
+
+    def refuses(*_, **__):
+        raise AssertionError("file format mismatch")
+    monkeypatch.setattr(ffcv.loader, "Loader", refuses)
+    with pytest.raises(LoaderError, match="noise.beton: FFCV cannot open it .AssertionError: file format mismatch"):
+        list(BatchLoader(noise[0], batch_size=10, device=CPU, mode="stream").epoch(0))
+
+
+def test_words_of_the_config_are_those_of_the_module():
+    from seresnet import config
+    assert config.Loader.__dataclass_fields__["mode"].metadata["limits"]["one_of"] == ("auto", *MODES)

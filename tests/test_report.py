@@ -1,0 +1,124 @@
+"""report: folders that nobody shares, strict JSON, pictures with what they promise, a console fit for a pipe."""
+import io
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import yaml
+from PIL import Image
+
+from seresnet import report
+from seresnet.runtime import UserError
+
+RECORDS = [{"epoch": i, "steps": 10 * i, "learning_rate": 0.1 / i, "train_loss": 2.0 / i, "train_accuracy": 1 - 0.5 / i,
+            "test_loss": 2.1 / i if i % 2 else None, "test_accuracy": 1 - 0.6 / i if i % 2 else None,
+            "images_per_second": 1234.5, "train_seconds": 40.51, "data_wait_seconds": 0.1, "eval_seconds": 2.0}
+           for i in range(1, 8)]
+OUTCOME = {"recipe": "se94", "seed": 3, "split": "test", "tta": "flip", "accuracy": 0.93, "accuracy_tta": 0.9412,
+           "parameters": 1990310, "train_seconds": 300.2, "eval_seconds": 12.3, "total_seconds": 320.0,
+           "correct_tta": 9412, "evaluated": 10000}
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(report.create_run_folder(tmp_path, "r"))) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({folder.path for folder in folders}) == 20 == len(list(tmp_path.iterdir()))
+    assert all(folder.path.name.startswith("r-") for folder in folders)
+
+
+def test_an_explicit_folder_has_to_be_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert report.create_run_folder("unused", "r", tmp_path / "empty").path == tmp_path / "empty"
+    with pytest.raises(UserError, match="run.folder: .*empty is not empty"):
+        report.create_run_folder("unused", "r", tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run.folder: .*cannot be created"):
+        report.create_run_folder("unused", "r", tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="report.folder: .*cannot be created"):
+        report.create_run_folder(tmp_path / "file", "r")
+
+
+def test_the_folder_holds_what_it_was_given(tmp_path):
+    folder = report.create_run_folder(tmp_path, "r")
+    folder.write_start({"model": {"blocks": [1, 2]}}, {"command": ["a", "b"], "seed": 3})
+    for record in RECORDS:
+        folder.log(record)
+    folder.write_report({**OUTCOME, "bad": math.nan, "worse": [math.inf]}, curves=True)
+    assert yaml.safe_load((folder.path / "config.yaml").read_text()) == {"model": {"blocks": [1, 2]}}
+    assert json.loads((folder.path / "environment.json").read_text()) == {"command": ["a", "b"], "seed": 3}
+    assert [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()] == RECORDS == folder.records
+    text = (folder.path / "report.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {**OUTCOME, "bad": None, "worse": [None]}
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "curves.png", "environment.json", "log.jsonl",
+                                                             "report.json"]
+
+
+@pytest.mark.parametrize("epochs", [1, 7])
+def test_curves_are_drawn_with_labels_and_units(tmp_path, monkeypatch, epochs):
+    from matplotlib.figure import Figure
+    seen = {}
+    whole = Figure.savefig
+
+    def save(figure, *arguments, **named):
+        for axes in figure.axes:
+            seen[axes.get_ylabel()] = (axes.get_xlabel(), {line.get_label(): line.get_xydata() for line in axes.get_lines()})
+        return whole(figure, *arguments, **named)
+    monkeypatch.setattr(Figure, "savefig", save)
+    report.draw_curves(RECORDS[:epochs], OUTCOME, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] >= 1200
+    assert len(seen) == 3 and all(x == "epoch" for x, _ in seen.values())
+    lines = seen["accuracy"][1]
+    assert lines["test"].tolist() == [[r["epoch"], r["test_accuracy"]] for r in RECORDS[:epochs] if r["test_accuracy"]]
+    assert any("94.12%" in label for label in lines)
+
+
+def test_lines_fit_a_pipe(capsys, tmp_path):
+    report.print_summary({"optim": {"lr": 0.5, "nesterov": True, "betas": [0.9, 0.99], "name": ""}}, {"parameters": 12345}, tmp_path)
+    for record in RECORDS:
+        report.print_epoch(record, 7)
+    report.print_outcome(OUTCOME, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "lr=0.5  nesterov=true  betas=[0.9,0.99]  name=-" in lines[0] and "parameters=12,345" in lines[1]
+    assert "eval 2.1000" in lines[3] and "40.5 s" in lines[3] and "eval" not in lines[4]
+    assert len({line.index("images/s") for line in lines[3:10]}) == 1    # columns
+    assert "94.12%" in lines[-1] and "9412 of 10000" in lines[-1] and str(tmp_path) in lines[-1]
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+def test_a_bar_only_on_a_terminal_and_leaving_reaches_the_source(monkeypatch):
+    closed = []
+
+    def numbers():
+        try:
+            yield from range(100)
+        finally:
+            closed.append(True)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert list(report.progress(range(3), 3, "x")) == [0, 1, 2] and sys.stderr.getvalue() == ""
+    with report.CountBar(10, "x", "images") as bar:
+        bar(5)
+    assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    items = report.progress(numbers(), 100, "epoch 1/2")
+    assert next(items) == 0
+    items.close()
+    assert closed == [True]
+    with report.CountBar(10, "train", "images") as bar:
+        bar(10)
+    assert "epoch 1/2" in sys.stderr.getvalue() and "train" in sys.stderr.getvalue()
+
+
+def test_the_process_clock_runs_from_its_start():
+    code = "import time; time.sleep(0.5); from seresnet.report import seconds_since_process_start as s; print(s())"
+    started = time.perf_counter()
+    seconds = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.45 < seconds <= time.perf_counter() - started + 0.1

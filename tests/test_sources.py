@@ -1,0 +1,368 @@
+"""sources: every layout gives the same images, whatever is not what it claims to be is refused, nothing is executed."""
+import functools
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seresnet import sources
+from seresnet.sources import CIFAR10_CLASSES, DownloadError, SourceError, Split, find_source
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A stand-in for CIFAR-10: its counts, other images; `images` uint8 (60000, 32, 32, 3), `labels`."""
+    rng = np.random.default_rng(0)
+    place = np.arange(32, dtype=np.uint8)    # rows, columns and channels all differ; a ramp packs quickly
+    images = rng.integers(0, 256, (60000, 1, 1, 3), dtype=np.uint8) + 8 * place[:, None, None] + place[:, None]
+    labels = np.concatenate([rng.permutation(np.arange(50000) % 10), rng.permutation(np.arange(10000) % 10)])
+    return images, labels.astype(np.uint8)
+
+
+@pytest.fixture
+def counts_as_cifar(cifar, monkeypatch):
+    """Let the stand-in's own channel statistics pass as CIFAR-10's."""
+    figures = {name: sources.channel_statistics(cifar[0][part])
+               for name, part in (("train", slice(0, 50000)), ("test", slice(50000, 60000)))}
+    monkeypatch.setattr(sources, "CIFAR10_MEANS", {name: mean for name, (mean, _) in figures.items()})
+    monkeypatch.setattr(sources, "CIFAR10_STDS", {name: std for name, (_, std) in figures.items()})
+
+
+def batch_rows(cifar):
+    images, labels = cifar
+    for i, name in enumerate([*sources.CIFAR10_TRAIN_BATCHES, *sources.CIFAR10_TEST_BATCHES]):
+        part = slice(10000 * i, 10000 * (i + 1))
+        yield name, images[part].transpose(0, 3, 1, 2).reshape(10000, 3072), labels[part]
+
+
+def write_binary(folder, cifar):
+    folder.mkdir(parents=True)
+    for name, rows, labels in batch_rows(cifar):
+        (folder / f"{name}.bin").write_bytes(np.concatenate([labels[:, None], rows], axis=1).tobytes())
+
+
+def write_pickles(folder, cifar, python2=True):
+    folder.mkdir(parents=True)
+    for name, rows, labels in batch_rows(cifar):
+        content = {"data": rows, "labels": labels.tolist(), "batch_label": name, "filenames": ["x.png"] * 3}
+        if python2:    # as Python 2 wrote them: keys are byte strings
+            content = {k.encode(): v for k, v in content.items()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2 if python2 else 5))
+
+
+@pytest.fixture(scope="module")
+def layouts(cifar, tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    write_binary(root / "bin" / "cifar-10-batches-bin", cifar)
+    write_pickles(root / "py" / "cifar-10-batches-py", cifar)
+    (root / "tar").mkdir()
+    with tarfile.open(root / "tar" / "cifar-10-python.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(root / "py" / "cifar-10-batches-py", "cifar-10-batches-py")
+    with tarfile.open(root / "tar-binary.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(root / "bin" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    return root
+
+
+@pytest.mark.parametrize("place, kind", [("bin", "binary"), ("bin/cifar-10-batches-bin", "binary"), ("py", "pickle"),
+                                         ("py/cifar-10-batches-py", "pickle"), ("tar", "archive"),
+                                         ("tar-binary.tar.gz", "archive")])
+def test_every_official_layout_is_recognised_and_gives_the_same_images(layouts, cifar, counts_as_cifar, place, kind):
+    source = find_source(layouts / place)
+    assert source.kind == kind
+    read = source.read()
+    images, labels = cifar
+    assert read.name == "cifar10" and read.classes == CIFAR10_CLASSES
+    for split, part in ((read.train, slice(0, 50000)), (read.test, slice(50000, 60000))):
+        assert np.array_equal(split.images, images[part]) and np.array_equal(split.labels, labels[part])
+        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int64
+
+
+def test_python_3_pickles_read_too(cifar, tmp_path, counts_as_cifar):
+    write_pickles(tmp_path / "cifar-10-batches-py", cifar, python2=False)
+    assert np.array_equal(find_source(tmp_path).read().test.images, cifar[0][50000:])
+
+
+def test_real_cifar10_meets_its_published_figures(cifar10_dir):
+    read = find_source(cifar10_dir).read()
+    assert read.train.images.shape == (50000, 32, 32, 3) and read.test.images.shape == (10000, 32, 32, 3)
+    mean, std = sources.channel_statistics(read.train.images)
+    assert np.allclose(mean, (125.31, 122.95, 113.87), atol=0.01) and np.allclose(std, (62.99, 62.09, 66.70), atol=0.01)
+
+
+def test_statistics_are_those_of_numpy():
+    images = np.random.default_rng(0).integers(0, 256, (5000, 4, 5, 3), dtype=np.uint8)
+    mean, std = sources.channel_statistics(images)
+    assert np.allclose(mean, images.astype(float).mean((0, 1, 2)), atol=1e-9)
+    assert np.allclose(std, images.astype(float).std((0, 1, 2)), atol=1e-9)
+
+
+# -- what is not CIFAR-10 -----------------------------------------------------------------------------------------------
+
+def test_other_images_in_the_official_layout_are_refused(layouts):
+    with pytest.raises(SourceError, match="channel mean is .*125.307.*damaged, missing or in another channel order"):
+        find_source(layouts / "bin").read()
+
+
+def test_other_counts_are_refused(cifar, tmp_path, counts_as_cifar):
+    images, labels = cifar
+    write_binary(tmp_path / "cifar-10-batches-bin", (images, np.where(np.arange(60000) == 7, (labels + 1) % 10, labels)))
+    with pytest.raises(SourceError, match="train has .* images a class, CIFAR-10 has 5000"):
+        find_source(tmp_path).read()
+
+
+def test_a_label_out_of_range_is_refused(cifar, tmp_path):
+    images, labels = cifar
+    labels = labels.copy()
+    labels[59999] = 10
+    write_binary(tmp_path / "cifar-10-batches-bin", (images, labels))
+    with pytest.raises(SourceError, match=r"test labels lie in \[0, 10\]"):
+        find_source(tmp_path).read()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-1]), "30729999 bytes, expected 10000 x 3073"),
+    (lambda f: f.unlink(), "data_batch_3.bin: No such file"),
+    (lambda f: f.write_bytes(b""), "has 0 bytes")])
+def test_a_damaged_binary_batch_is_named(cifar, tmp_path, damage, message):
+    write_binary(tmp_path / "cifar-10-batches-bin", cifar)
+    damage(tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin")
+    with pytest.raises(SourceError, match=message):
+        find_source(tmp_path).read()
+
+
+@pytest.mark.parametrize("content, message", [
+    (pickle.dumps([1, 2]), "`data` is NoneType"),
+    (pickle.dumps({"data": np.zeros((3, 3072), np.uint8), "labels": [0] * 3}), r"uint8 \(3, 3072\), expected"),
+    (pickle.dumps({"data": np.zeros((10000, 3072), np.float32), "labels": [0] * 10000}), "float32"),
+    (pickle.dumps({"data": np.zeros((10000, 3072), np.uint8), "labels": ["cat"] * 10000}), "`labels` are not"),
+    (pickle.dumps({"data": np.zeros((10000, 3072), np.uint8)}), "`labels` are not"),
+    (b"no pickle at all", "no readable pickle"), (b"", "no readable pickle")])
+def test_a_damaged_pickle_is_named(tmp_path, content, message):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(content)
+    with pytest.raises(SourceError, match=f"(?s)data_batch_1.*{message}"):
+        find_source(tmp_path).read()
+
+
+class Payload:
+    """Unpickling it would create a file."""
+
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("payload", [
+    lambda file: Payload(os.system, f"touch {file}"), lambda file: Payload(open, str(file), "w"),
+    lambda file: Payload(eval, f"open({str(file)!r}, 'w')"),
+    lambda file: Payload(np.save, str(file), [1]), lambda file: {"data": Payload(exec, f"open({str(file)!r}, 'w')")}])
+def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path, payload, protocol):
+    created = tmp_path / "created"
+    with pytest.raises(SourceError, match="do not trust this file"):
+        sources.load_pickle(io.BytesIO(pickle.dumps(payload(created), protocol)), "batch")
+    assert not created.exists() and not created.with_suffix(".npy").exists()
+
+
+def test_arrays_of_objects_are_refused():
+    with pytest.raises(SourceError, match="do not trust"):
+        sources.load_pickle(io.BytesIO(pickle.dumps(np.array([{}, []], dtype=object))), "batch")
+
+
+def archive_with(tmp_path, *members):
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def member(name, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize("bad", [
+    member("../outside"), member("/etc/outside"), member("cifar-10-batches-py/../../outside"),
+    member("cifar-10-batches-py/data_batch_1", tarfile.SYMTYPE, "/etc/passwd"),
+    member("cifar-10-batches-py/data_batch_1", tarfile.LNKTYPE, "x"),
+    member("cifar-10-batches-py/data_batch_1", tarfile.CHRTYPE), member("fifo", tarfile.FIFOTYPE)])
+def test_an_archive_that_leads_outside_is_refused(tmp_path, bad):
+    archive_with(tmp_path, (bad, b""))
+    before = sorted(p.name for p in tmp_path.parent.iterdir())
+    with pytest.raises(SourceError, match="do not trust it"):
+        find_source(tmp_path).read()
+    assert sorted(p.name for p in tmp_path.parent.iterdir()) == before
+
+
+def test_archives_without_the_batches_or_cut_off_are_refused(layouts, tmp_path):
+    archive_with(tmp_path, (member("cifar-10-batches-py/readme.html"), b"hello"))
+    with pytest.raises(SourceError, match="does not hold the six batches"):
+        find_source(tmp_path).read()
+    whole = (layouts / "tar" / "cifar-10-python.tar.gz").read_bytes()
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(SourceError, match="cut off or no .tar.gz"):
+        find_source(tmp_path).read()
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"<html>404</html>")
+    with pytest.raises(SourceError, match="no .tar.gz"):
+        find_source(tmp_path).read()
+
+
+def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_BATCH_FILE", 10)
+    archive_with(tmp_path, (member("cifar-10-batches-py/data_batch_1"), b"x" * 11))
+    with pytest.raises(SourceError, match="has 11 bytes"):
+        find_source(tmp_path).read()
+
+
+# -- image folders ------------------------------------------------------------------------------------------------------
+
+def write_tree(root, split, classes, count, size=(6, 5), suffix=".png", mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    for c in classes:
+        folder = root / split / c
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i:03}{suffix}")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        write_tree(tmp_path, split, ("cat", "dog", "emu"), count, seed=count)
+    return tmp_path
+
+
+def test_a_folder_tree_reads_as_its_files(tree):
+    source = find_source(tree)
+    read = source.read()
+    assert source.kind == "folder" and read.classes == ("cat", "dog", "emu") and read.name == tree.name
+    assert read.train.images.shape == (12, 5, 6, 3) and read.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for i, c in enumerate(read.classes):
+        assert np.array_equal(read.test.images[2 * i + 1], np.asarray(Image.open(tree / "test" / c / "001.png")))
+
+
+def test_grey_and_jpeg_files_become_rgb(tree):
+    write_tree(tree, "train", ["cat"], 1, mode="L", seed=9)
+    grey = find_source(tree).read().train.images[0]
+    assert (grey == grey[..., :1]).all() and grey.std() > 1
+    write_tree(tree, "train", ["dog"], 1, suffix=".JPG")
+    assert len(find_source(tree).read().train.labels) == 13
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: Image.new("RGB", (7, 5)).save(t / "test/dog/000.png"), "000.png: is 7 x 5 pixels, the images before it 6 x 5"),
+    (lambda t: (t / "train/dog/001.png").write_bytes(b"GIF89a"), "001.png: is no readable PNG or JPEG"),
+    (lambda t: (t / "train/dog/001.png").write_bytes((t / "train/dog/000.png").read_bytes()[:60]), "no readable PNG"),
+    (lambda t: Image.new("RGBA", (6, 5), (1, 2, 3, 4)).save(t / "test/cat/000.png"), "partly transparent"),
+    (lambda t: Image.new("I;16", (6, 5)).save(t / "test/cat/000.png"), "pixel format I;16"),
+    (lambda t: Image.new("L", (5000, 1)).save(t / "test/cat/000.png"), "5000 x 1 pixels, expected at most 4096"),
+    (lambda t: (t / "train/fox").mkdir(), "only in one of them: fox"),
+    (lambda t: [(t / s / "fox").mkdir() for s in ("train", "test")], "files in train/fox, test/fox")])
+def test_a_bad_tree_is_refused_with_the_file_named(tree, change, message):
+    change(tree)
+    with pytest.raises(SourceError, match=message):
+        find_source(tree).read()
+
+
+def test_an_opaque_alpha_channel_is_dropped(tree):
+    before = find_source(tree).read().test.images
+    Image.open(tree / "test/cat/000.png").convert("RGBA").save(tree / "test/cat/000.png")
+    assert np.array_equal(find_source(tree).read().test.images, before)
+
+
+# -- finding, fingerprints, digits, download ----------------------------------------------------------------------------
+
+def test_what_is_not_there_is_said_with_the_way_out(tmp_path):
+    with pytest.raises(SourceError, match="no/where does not exist .*cifar-10-batches-bin.*--sources.kind download"):
+        find_source("no/where")
+    with pytest.raises(SourceError, match="is there, but holds no data set"):
+        find_source(tmp_path)
+
+
+def test_a_named_kind_is_demanded(tree):
+    with pytest.raises(SourceError, match="holds folder, not binary"):
+        find_source(tree, "binary")
+    assert find_source(tree, "folder").kind == "folder"
+
+
+def test_the_fingerprint_follows_content_and_nothing_else(tree):
+    before = find_source(tree).fingerprint()
+    os.utime(tree / "train/cat/000.png", (1, 1))
+    assert find_source(tree).fingerprint() == before
+    first, second = tree / "train/cat/000.png", tree / "train/cat/001.png"
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    assert find_source(tree).fingerprint() != before
+    first.write_bytes(a)
+    (tree / "train/cat/000.png").rename(tree / "train/dog/zzz.png")
+    assert find_source(tree).fingerprint() != before
+
+
+def test_digits_are_sklearns_with_every_class_in_both_splits():
+    from sklearn.datasets import load_digits
+    source = find_source("ignored", "digits")
+    read = source.read()
+    assert read.train.images.shape[1:] == (32, 32, 3) and len(read.train.labels) + len(read.test.labels) == 1797
+    assert np.bincount(read.test.labels).min() >= 34
+    small = read.test.images[:, ::4, ::4, 0].astype(int)
+    originals = {np.round(i * (255 / 16)).astype(int).tobytes() for i in load_digits().images}
+    assert all(image.tobytes() in originals for image in small)
+    assert source.fingerprint() == find_source("elsewhere", "digits").fingerprint()
+    assert np.array_equal(source.read().test.images, read.test.images)
+
+
+def test_a_failed_download_says_how_to_supply_the_data_and_leaves_nothing(tmp_path, monkeypatch):
+    dataset = sources._torchvision_cifar10()
+    monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")    # nobody listens there
+    with pytest.raises(DownloadError, match="could not be downloaded.*cifar-10-batches-bin") as caught:
+        find_source(tmp_path / "data", "download").read()
+    assert caught.value.status == 4 and list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_download_is_verified_and_read(layouts, cifar, tmp_path, monkeypatch, counts_as_cifar):
+    archive = layouts / "tar" / "cifar-10-python.tar.gz"
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=archive.parent)
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    dataset = sources._torchvision_cifar10()
+    monkeypatch.setattr(dataset, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+    with pytest.raises(DownloadError, match="could not be downloaded"):    # the MD5 is not the official one
+        find_source(tmp_path, "download").read()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    read = find_source(tmp_path, "download").read()
+    assert np.array_equal(read.test.images, cifar[0][50000:])
+    archive_again = tmp_path / "cifar-10-python.tar.gz"
+    modified = archive_again.stat().st_mtime_ns
+    server.shutdown()
+    server.server_close()
+    find_source(tmp_path, "download").read()    # what is there and verified is not fetched again
+    assert archive_again.stat().st_mtime_ns == modified
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(labels=np.array([0, 3])), r"labels lie in \[0, 3\]"), (dict(labels=np.array([0])), "labels are"),
+    (dict(labels=np.array([0.0, 1.0])), "labels are float64"), (dict(images=np.zeros((2, 4, 4, 3))), "images are float64"),
+    (dict(images=np.zeros((2, 4, 4), np.uint8)), "images are uint8"), (dict(labels=np.array([0, 0])), "no image of class b"),
+    (dict(images=np.zeros((0, 4, 4, 3), np.uint8), labels=np.array([], np.int64)), "train has no images"),
+    (dict(images=np.zeros((2, 4, 5, 3), np.uint8)), "bring all to one size")])
+def test_every_sample_is_validated(change, message):
+    good = dict(images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([0, 1]))
+    whole = sources.ImageSet("x", "here", ("a", "b"), Split(**{**good, **change}), Split(**good))
+    with pytest.raises(SourceError, match=message):
+        sources._checked(whole)

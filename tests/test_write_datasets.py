@@ -1,0 +1,92 @@
+"""write_datasets.py as a user runs it: writes, skips, forces, and says what is wrong with exit status 2 or 4."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seresnet.beton import open_beton, read_images
+
+ROOT = Path(__file__).parents[1]
+
+
+def convert(tmp_path, *arguments):
+    """(exit status, output, errors) of the program, run in `tmp_path`."""
+    done = subprocess.run([sys.executable, ROOT / "write_datasets.py", *map(str, arguments)], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for c in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / c
+            folder.mkdir(parents=True)
+            for i in range(5):
+                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_writes_skips_and_forces(tree):
+    keys = ("--sources.path", "pets", "--beton.train", "a/train.beton", "--beton.test", "a/test.beton")
+    status, output, errors = convert(tree, *keys)
+    assert (status, errors) == (0, "") and "\x1b" not in output
+    assert "image folder pets" in output and "10 images of 9 x 9, 2 classes" in output
+    train = open_beton(tree / "a/train.beton")
+    assert train.classes == ("cat", "dog") and train.name == "pets" and train.labels.tolist() == [0] * 5 + [1] * 5
+    assert np.array_equal(read_images(train)[6], np.asarray(Image.open(tree / "pets/train/dog/1.png")))
+    written = {name: os.stat(tree / f"a/{name}.beton").st_ino for name in ("train", "test")}
+
+    status, output, _ = convert(tree, *keys)
+    assert status == 0 and output.count("is up to date") == 2
+    assert {name: os.stat(tree / f"a/{name}.beton").st_ino for name in written} == written
+
+    (tree / "a/test.beton").write_bytes((tree / "a/test.beton").read_bytes()[:-1])
+    status, output, _ = convert(tree, *keys)    # the damaged one alone is written again
+    assert status == 0 and "train.beton is up to date" in output and "test: a/test.beton: 10 images" in output
+
+    assert convert(tree, *keys, "--force")[1].count("written and read back") == 2
+    Image.new("RGB", (9, 9)).save(tree / "pets/train/cat/0.png")
+    assert convert(tree, *keys)[1].count("written and read back") == 2
+
+
+def test_one_file_for_both_splits_is_refused(tree):
+    status, output, errors = convert(tree, "--sources.path", "pets", "--beton.train", "a.beton", "--beton.test", "a.beton")
+    assert status == 2 and "expected two files" in errors and not (tree / "a.beton").exists()
+
+
+@pytest.mark.parametrize("keys, status, message", [
+    (("--sources.path", "nowhere"), 4, "sources.path: nowhere does not exist"),
+    (("--sources.path", "pets", "--sources.kind", "binary"), 2, "holds folder, not binary"),
+    (("--sources.paht", "pets"), 2, "--sources.paht: there is no such key: did you mean --sources.path?"),
+    (("--sources.kind", "zip"), 2, "sources.kind: got 'zip'"),
+    (("--config-file", "no.yaml"), 2, "no.yaml: No such file"),
+    (("--sources.path", "pets", "--beton.train", "pets/train/cat/0.png/x.beton"), 2, "cannot be written")])
+def test_mistakes_end_in_one_message_and_nothing_written(tree, keys, status, message):
+    before = sorted(tree.rglob("*"))
+    got, _, errors = convert(tree, *keys)
+    assert got == status and message in errors and "Traceback" not in errors
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_help_lists_every_key(tmp_path):
+    status, output, _ = convert(tmp_path, "--help")
+    assert status == 0 and "--force" in output and "sources.path  [data]" in output and "evaluate.tta  [flip]" in output
+
+
+def test_digits_from_the_shipped_recipe(tmp_path):
+    status, output, errors = convert(tmp_path, "--config-file", ROOT / "rn_configs/digits.yaml")
+    assert status == 0, errors
+    assert open_beton(tmp_path / "data/digits_train.beton", classes=10, image_size=32).samples == 1442
+
+
+def test_real_cifar10(cifar10_dir, tmp_path):
+    status, output, errors = convert(tmp_path, "--config-file", ROOT / "rn_configs/se94.yaml", "--sources.path", cifar10_dir)
+    assert status == 0, errors
+    assert "mean 125.31/122.95/113.87, std 62.99/62.09/66.70" in output
+    assert open_beton(tmp_path / "data/cifar10_test.beton", verify="full").samples == 10000
