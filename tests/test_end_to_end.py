@@ -1,0 +1,128 @@
+"""The two programs as a user types them: from images to a run folder; mistakes end in one message and a status."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--loop.epochs", 2, "--run.device", "cpu")
+
+
+def start(program, tmp_path, *arguments):
+    return subprocess.Popen([sys.executable, ROOT / program, *map(str, arguments)], cwd=tmp_path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(program, tmp_path, *arguments):
+    """(exit status, output, errors)"""
+    process = start(program, tmp_path, *arguments)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with the digits' betons, for the shipped recipe."""
+    folder = tmp_path_factory.mktemp("digits")
+    status, _, errors = run("write_datasets.py", folder, "--config-file", ROOT / "rn_configs/digits.yaml")
+    assert status == 0, errors
+    return folder
+
+
+def test_digits_reach_their_accuracy(digits):
+    started = time.perf_counter()
+    status, output, errors = run("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml",
+                                 "--run.folder", "whole")
+    assert status == 0, errors
+    report = json.loads((digits / "whole/report.json").read_text())
+    assert report["accuracy_tta"] >= 0.97 and report["evaluated"] == 355
+    assert time.perf_counter() - started < 120
+    assert output.splitlines()[-1].endswith("; whole") and "\x1b" not in output + errors and "\r" not in errors
+    assert sorted(p.name for p in (digits / "whole").iterdir()) == [
+        "config.yaml", "curves.png", "environment.json", "log.jsonl", "report.json", "weights.pt"]
+    assert report["startup_seconds"] + report["train_seconds"] < report["total_seconds"] < time.perf_counter() - started + 1
+    environment = json.loads((digits / "whole/environment.json").read_text())
+    assert environment["machine"]["allocator"] == "tuned" or not sys.platform.startswith("linux")
+    assert environment["versions"]["ffcv"] == "1.0.2" and environment["seed"] == 0
+
+
+def test_the_run_folders_config_repeats_the_run(digits):
+    config = ROOT / "rn_configs/digits.yaml"
+    assert run("ffcv_train.py", digits, "--config-file", config, *SMALL, "--run.folder", "a", "--run.seed", 5)[0] == 0
+    status, _, errors = run("ffcv_train.py", digits, "--config-file", "a/config.yaml", "--run.folder", "b")
+    assert status == 0, errors
+    first, second = (json.loads((digits / name / "report.json").read_text()) for name in "ab")
+    assert second["seed"] == 5 and first["loss_tta"] == second["loss_tta"] and first["correct"] == second["correct"]
+
+
+def test_real_cifar10_trains(cifar10_dir, tmp_path):
+    recipe = ("--config-file", ROOT / "rn_configs/se94.yaml")
+    assert run("write_datasets.py", tmp_path, *recipe, "--sources.path", cifar10_dir)[0] == 0
+    # a narrow net and a long stride through the images: this is about the path, records/ are about accuracy
+    status, output, errors = run("ffcv_train.py", tmp_path, *recipe, "--model.channels", "16,32,32", "--loop.epochs", 1,
+                                 "--run.folder", "run", "--evaluate.tta", "none")
+    assert status == 0, errors
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["evaluated"] == 10000 and report["accuracy"] > 0.45
+    assert report["data"]["set"] == "cifar10" and report["data_wait_fraction"] < 0.2
+
+
+@pytest.mark.parametrize("arguments, status, message", [
+    (("--config-file", "no.yaml"), 2, "no.yaml: No such file"),
+    (("--optim.lr", "fast"), 2, "optim.lr: got 'fast' (str), expected number > 0"),
+    (("--beton.train", "nowhere.beton"), 2, "nowhere.beton: cannot be read"),
+    (("--beton.train", "nowhere.beton", "--model.blocks", "90,90"), 2, "the budget is 5,000,000"),
+    (("--model.classes", 7), 2, "has 10 classes (0, 1, 2, 3, ...), model.classes is 7"),
+    (("--report.folder", "/proc/runs"), 2, "report.folder: /proc/runs"),
+    (("--run.device", "cuda:7"), 2, "run.device: cuda:7 is not there"),
+    (("--loader.batch_size", 5000), 2, "1442 images give no batch of loader.batch_size = 5000"),
+    (("--optim.lr", 1e30, "--optim.warmup_epochs", 0, "--optim.schedule", "constant"), 3, "Try a smaller optim.lr")])
+def test_mistakes_end_in_a_message_and_a_status(digits, arguments, status, message):
+    recipe = () if arguments[0] == "--config-file" else ("--config-file", ROOT / "rn_configs/digits.yaml")
+    got, _, errors = run("ffcv_train.py", digits, *recipe, *arguments)
+    assert got == status and message in errors and "Traceback" not in errors
+    assert all(line.startswith("error: ") for line in errors.splitlines())
+
+
+def test_several_mistakes_are_told_at_once(digits):
+    status, _, errors = run("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml", "--optim.lrr", 1,
+                            "--loop.epochs", 2.5, "--augment.flip", "sometimes", "--nonsense", 3)
+    assert status == 2 and len(errors.splitlines()) == 4
+    for part in ("--optim.lrr: there is no such key: did you mean --optim.lr?", "loop.epochs: got '2.5'",
+                 "augment.flip: got 'sometimes'", "--nonsense: there is no such key"):
+        assert part in errors
+
+
+def test_an_interrupt_ends_without_a_traceback(digits):
+    process = start("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml", "--loop.epochs", 500,
+                    "--run.folder", "interrupted")
+    deadline = time.monotonic() + 60
+    while not (digits / "interrupted/weights.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors == "error: interrupted\n"
+    lines = (digits / "interrupted/log.jsonl").read_text().splitlines()
+    assert all(json.loads(line) for line in lines) and not (digits / "interrupted/report.json").exists()
+
+
+@pytest.mark.parametrize("module, arguments, table", [
+    ("benchmarks.epochs", ("--epochs", 1), "| backward |"), ("benchmarks.loader", ("--rounds", 1), "| ours, stream: uint8 |")])
+def test_benchmarks_print_their_table_and_keep_it(digits, module, arguments, table):
+    done = subprocess.run([sys.executable, "-m", module, "--config-file", "rn_configs/digits.yaml", "--beton.train",
+                           digits / "data/digits_train.beton", "--beton.test", digits / "data/digits_test.beton",
+                           *map(str, arguments), "--out", digits / module], cwd=ROOT, text=True, capture_output=True,
+                          timeout=240, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    assert done.returncode == 0, done.stderr
+    assert table in done.stdout
+    record = json.loads((digits / module / f"{module.split('.')[1]}.json").read_text())
+    if module == "benchmarks.epochs":
+        assert set(record["seconds"]) == {"data_wait", "augmentation", "forward", "backward", "optimizer", "rest", "evaluation"}
+        assert 0 < record["share_of_matrix_product"] < 1 and record["flop_per_image"] > 1e5
+    else:
+        assert len(record["rows"]) == 6 and all(row["images_per_second"] > 0 for row in record["rows"])

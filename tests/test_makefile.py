@@ -1,0 +1,126 @@
+"""make and its scripts: what they say and choose, with every program they call replaced by one that records the call."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the make files, with a .venv/bin/python that notes its arguments and exits as `answers` says."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("Makefile", "pyproject.toml", "scripts/setup.sh", "scripts/train.sh"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text('#!/bin/sh\necho "$@" >>calls\nnumber=$(wc -l <calls)\nexit $(sed -n "${number}p" answers)\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def train(clone, answers, *arguments, **environment):
+    """(exit status, output, the calls) of scripts/train.sh, the programs exiting with `answers` in turn."""
+    (clone / "answers").write_text("".join(f"{a}\n" for a in answers))
+    kept = {k: v for k, v in os.environ.items() if k != "CIFAR10_DIR"}
+    done = subprocess.run(["sh", "scripts/train.sh", *arguments], cwd=clone, text=True, capture_output=True,
+                          env={**kept, **environment})
+    return done.returncode, done.stdout, (clone / "calls").read_text().splitlines()
+
+
+def test_data_at_hand_are_converted_and_trained_on(clone):
+    status, _, calls = train(clone, [0, 0], "rn_configs/se94.yaml", "--loop.epochs", "2")
+    assert status == 0 and calls == ["write_datasets.py --config-file rn_configs/se94.yaml --loop.epochs 2",
+                                     "ffcv_train.py --config-file rn_configs/se94.yaml --loop.epochs 2"]
+
+
+def test_a_named_folder_is_used_or_nothing(clone):
+    status, _, calls = train(clone, [0, 0], "x.yaml", CIFAR10_DIR="some where")
+    assert status == 0 and calls == ["write_datasets.py --config-file x.yaml --sources.path some where",
+                                     "ffcv_train.py --config-file x.yaml"]
+    (clone / "calls").unlink()
+    status, _, calls = train(clone, [4], "x.yaml", CIFAR10_DIR="nowhere")
+    assert status == 4 and len(calls) == 1
+
+
+def test_without_data_it_downloads(clone):
+    status, output, calls = train(clone, [4, 0, 0], "x.yaml")
+    assert status == 0 and calls[1:] == ["write_datasets.py --config-file x.yaml --sources.kind download",
+                                         "ffcv_train.py --config-file x.yaml"]
+    assert "downloading CIFAR-10" in output
+
+
+def test_without_data_and_network_it_says_so_and_takes_the_digits(clone):
+    status, output, calls = train(clone, [4, 4, 0, 0], "x.yaml", "--loop.epochs", "2")
+    assert status == 0 and calls[2:] == ["write_datasets.py --config-file rn_configs/digits.yaml",
+                                         "ffcv_train.py --config-file rn_configs/digits.yaml"]
+    assert "make train CIFAR10_DIR=" in output and "digits" in output
+
+
+@pytest.mark.parametrize("answers", [[2], [4, 2], [4, 4, 2], [0, 3], [4, 0, 130]])
+def test_any_other_failure_is_the_end(clone, answers):
+    status, _, calls = train(clone, answers, "x.yaml")
+    assert status == answers[-1] and len(calls) == len(answers)
+
+
+def setup(folder, path, **environment):
+    return subprocess.run(["sh", "scripts/setup.sh"], cwd=folder, text=True, capture_output=True,
+                          env={"PATH": path, "HOME": str(folder), "PYTHON": sys.executable, **environment})
+
+
+@pytest.fixture
+def bare(clone):
+    """A PATH with the few commands that the script needs, and no compiler, pkg-config or package manager."""
+    tools = clone / "tools"
+    tools.mkdir()
+    for name in ("sh", "cat", "cksum", "dirname", "tr", "sed", "id", "env", "rm"):
+        [found] = [p for p in (Path(d) / name for d in os.environ["PATH"].split(":")) if p.exists()][:1]
+        (tools / name).symlink_to(found)
+    return tools
+
+
+def test_missing_system_packages_are_named_with_status_2(clone, bare):
+    done = setup(clone, str(bare))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("missing: compiler, pkg-config", "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev",
+                 "dnf install", "brew install", "conda install"):
+        assert part in done.stderr
+
+
+def test_without_root_nothing_is_installed(clone, bare):
+    (bare / "id").unlink()
+    for name, text in (("id", "echo 1000"), ("apt-get", "touch called"), ("sudo", "exit 1")):
+        (bare / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bare / name).chmod(0o755)
+    (bare / "true").symlink_to("/bin/true")
+    assert setup(clone, str(bare)).returncode == 2 and not (clone / "called").exists()
+
+
+def test_no_or_old_python_is_said(clone, bare):
+    done = setup(clone, str(bare), PYTHON="python9")
+    assert done.returncode == 2 and "python9 is not installed" in done.stderr
+    (bare / "python2").write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 1;; -V) echo Python 2.7;; esac\n')
+    (bare / "python2").chmod(0o755)
+    done = setup(clone, str(bare), PYTHON="python2")
+    assert done.returncode == 2 and "Python 2.7 is too old" in done.stderr
+
+
+def test_a_second_setup_does_nothing(tmp_path):
+    """In the real checkout: this test runs from the .venv that setup made, if it did."""
+    if not (ROOT / ".venv/ready").exists() or os.environ.get("PYTHON"):
+        pytest.skip("this Python does not come from `make setup`")
+    done = subprocess.run(["sh", "scripts/setup.sh"], cwd=ROOT, text=True, capture_output=True, timeout=3)
+    if "installing" in done.stdout:
+        pytest.skip("this .venv was made for another interpreter or version of pyproject.toml")
+    assert done.returncode == 0 and done.stdout == ""
+
+
+def test_the_make_targets_call_the_scripts():
+    def dry(*arguments):
+        return subprocess.run(["make", "-n", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout
+    assert "sh scripts/train.sh rn_configs/seed_200.yaml --a b" in dry("train", "CONFIG=rn_configs/seed_200.yaml", "ARGS=--a b")
+    assert "sh scripts/train.sh rn_configs/se94.yaml" in dry("train") and "sh scripts/setup.sh" in dry("train")
+    assert ".venv/bin/python -m pytest" in dry("test") and "sh scripts/setup.sh" in dry("test")
