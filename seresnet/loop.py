@@ -195,11 +195,11 @@ def fit(config: Config, command: Sequence[str]) -> dict:
         torch.set_num_threads(config.run.threads)
     torch.backends.cudnn.benchmark = True    # shapes are the same in every step
     data, model = prepare(config)
-    folder = report.create_run_folder(config.report.folder, config.recipe, config.run.folder)
-    folder.write_start(config.as_dict(), {
-        "command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
-        "machine": runtime.describe_machine(), "seed": config.run.seed})
     with open_session(config, device, data, model) as session:
+        folder = report.create_run_folder(config.report.folder, config.recipe, config.run.folder)
+        folder.write_start(config.as_dict(), {
+            "command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
+            "machine": runtime.describe_machine(), "seed": config.run.seed})
         report.print_summary(config.as_dict(), facts(session), folder.path)
         return run_epochs(session, folder)
 

@@ -97,7 +97,9 @@ def test_public_functions_say_what_they_do():
         assert path.stem == "__init__" or ast.get_docstring(tree), path
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                assert ast.get_docstring(node) or len(ast.unparse(node).splitlines()) <= 4, f"{path.name}: {node.name}"
+                lines = len(ast.unparse(node).splitlines())
+                section = path.stem == "config" and isinstance(node, ast.ClassDef)    # each key carries its own line of help
+                assert ast.get_docstring(node) or section or lines <= 4, f"{path.name}: {node.name}"
 
 
 def tracked():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--loop.epochs", 2, "--run.device", "cpu")
+SMALL = ("--loop.epochs", 2, "--optim.warmup_epochs", 1, "--run.device", "cpu")
 
 
 def start(program, tmp_path, *arguments):
@@ -76,7 +76,7 @@ def test_real_cifar10_trains(cifar10_dir, tmp_path):
     (("--config-file", "no.yaml"), 2, "no.yaml: No such file"),
     (("--optim.lr", "fast"), 2, "optim.lr: got 'fast' (str), expected number > 0"),
     (("--beton.train", "nowhere.beton"), 2, "nowhere.beton: cannot be read"),
-    (("--beton.train", "nowhere.beton", "--model.blocks", "90,90"), 2, "the budget is 5,000,000"),
+    (("--beton.train", "nowhere.beton", "--model.blocks", "90,90,90"), 2, "the budget is 5,000,000"),
     (("--model.classes", 7), 2, "has 10 classes (0, 1, 2, 3, ...), model.classes is 7"),
     (("--report.folder", "/proc/runs"), 2, "report.folder: /proc/runs"),
     (("--run.device", "cuda:7"), 2, "run.device: cuda:7 is not there"),
@@ -84,7 +84,9 @@ def test_real_cifar10_trains(cifar10_dir, tmp_path):
     (("--optim.lr", 1e30, "--optim.warmup_epochs", 0, "--optim.schedule", "constant"), 3, "Try a smaller optim.lr")])
 def test_mistakes_end_in_a_message_and_a_status(digits, arguments, status, message):
     recipe = () if arguments[0] == "--config-file" else ("--config-file", ROOT / "rn_configs/digits.yaml")
+    before = sorted(digits.rglob("*"))
     got, _, errors = run("ffcv_train.py", digits, *recipe, *arguments)
+    assert status == 3 or sorted(digits.rglob("*")) == before    # nothing is written where nothing is trained
     assert got == status and message in errors and "Traceback" not in errors
     assert all(line.startswith("error: ") for line in errors.splitlines())
 
