@@ -112,6 +112,7 @@ def ffcv_example(beton, settings, device):
     def open_passes():
         import torch
         runtime.import_torchvision()
+        runtime.import_ffcv()
         with runtime.torch_threads_kept():
             from ffcv.fields.basics import IntDecoder
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder

@@ -163,10 +163,10 @@ def _write_samples(path: Path, images: np.ndarray, labels: np.ndarray, progress:
     (ffcv/writer.py, `_write_common`). Copying raw pixels is not work that wants processes: here an exception is simply
     an exception, and the same images give the same bytes.
     """
-    with runtime.torch_threads_kept():
-        from ffcv.fields import IntField, RGBImageField
-        from ffcv.memory_allocator import MemoryAllocator
-        from ffcv.writer import DatasetWriter, handle_sample
+    runtime.import_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
     largest = images[0].nbytes
     page_size = max(8 << 20, 1 << (largest - 1).bit_length())
     writer = DatasetWriter(str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()},

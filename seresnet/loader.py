@@ -212,6 +212,7 @@ class _Stream:
 
 
 def _build_ffcv_loader(beton: Beton, batch_size: int, device: torch.device, workers: int, batches_ahead: int):
+    runtime.import_ffcv()
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader
     from ffcv.transforms import ToDevice, ToTensor

@@ -162,6 +162,24 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def import_ffcv():
+    """ffcv, imported without its two side effects: one thread for all of torch, and 2.5 seconds of compilation.
+
+    ffcv/fields/rgb_image.py fills a numba typed dictionary with two constants at import, for which numba compiles its
+    whole dictionary; the constants are only ever read by Python, so a plain dictionary serves them as well.
+    """
+    if "ffcv" not in sys.modules:
+        import numba.typed
+        typed_dictionary = numba.typed.Dict
+        numba.typed.Dict = dict
+        try:
+            with torch_threads_kept():
+                import ffcv
+        finally:
+            numba.typed.Dict = typed_dictionary
+    return sys.modules["ffcv"]
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on `device` now; of the machine's memory where the device has none of its own."""
     import torch

@@ -14,7 +14,7 @@ ENTRIES = ("write_datasets.py", "ffcv_train.py")
 LAYERS = [{"runtime", "clock"}, {"config", "sources", "augment", "model", "loss", "optim"}, {"beton"},
           {"loader", "checkpoint", "report", "evaluate"}, {"loop"}]
 TORCH_ONLY = {"augment", "model", "loss", "optim", "clock"}    # stages: torch and the standard library, plain arguments
-DOORS = {"fastargs": {"config"}, "ffcv": {"beton", "loader"}, "torchvision": {"runtime", "sources"},
+DOORS = {"fastargs": {"config"}, "ffcv": {"beton", "loader", "runtime"}, "torchvision": {"runtime", "sources"},
          "matplotlib": {"report"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"}}
 STAGES_USED_BY_EVALUATE = {"augment", "loss"}
 

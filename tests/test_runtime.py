@@ -102,3 +102,18 @@ def test_the_machine_and_versions_are_described():
     assert machine["cores"] >= 1 and machine["allocator"] in ("tuned", "user", "default")
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "not installed" not in versions.values()
+
+
+def test_importing_ffcv_changes_neither_torchs_threads_nor_numba():
+    code = """
+import torch
+torch.set_num_threads(2)
+from seresnet import runtime
+import numba.typed
+before = numba.typed.Dict
+ffcv = runtime.import_ffcv()
+from ffcv.fields.rgb_image import IMAGE_MODES
+print(torch.get_num_threads(), numba.typed.Dict is before, IMAGE_MODES, runtime.import_ffcv() is ffcv)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "2 True {'jpg': 0, 'raw': 1} True\n", done.stderr
