@@ -15,7 +15,12 @@ SMALL = ("--loop.epochs", 2, "--optim.warmup_epochs", 1, "--run.device", "cpu")
 
 def start(program, tmp_path, *arguments):
     return subprocess.Popen([sys.executable, ROOT / program, *map(str, arguments)], cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen_to_interrupts)
+
+
+def listen_to_interrupts():
+    """A suite that runs in the background inherits an ignored SIGINT, and would pass it on to the program."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(program, tmp_path, *arguments):
