@@ -110,16 +110,16 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
         if not np.array_equal(read_images(written), images) or not np.array_equal(written.labels, split.labels):
             raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
                              "that was there before is untouched")
-        _sync(temporary)
+        runtime.sync(temporary)
         note = Path(f"{temporary}.json")
         note.write_text(json.dumps(sidecar, indent=1) + "\n")
-        _sync(note)
+        runtime.sync(note)
         # Two files cannot be renamed at once. Without a sidecar a beton is not used, so at no moment do an old and a
         # new one stand side by side.
         sidecar_path(path).unlink(missing_ok=True)
         os.replace(temporary, path)
         os.replace(note, sidecar_path(path))
-        _sync(path.parent)
+        runtime.sync(path.parent)
     except OSError as error:
         raise BetonError(f"{path}: cannot be written ({error.strerror}): free space there, or choose another place with "
                          "--beton.train and --beton.test") from error
@@ -190,18 +190,6 @@ def _write_samples(path: Path, images: np.ndarray, labels: np.ndarray, progress:
         except BufferError:    # an exception on its way still holds a view: it goes when that does
             pass
     progress(len(images))
-
-
-def _sync(path: Path) -> None:
-    """Make content (of a folder: its names) survive a power failure; systems that cannot sync folders are left alone."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from seresnet import runtime
 from seresnet.runtime import UserError
 
 FORMAT = 1    # raised when a reader of today could not understand the file
@@ -30,7 +31,7 @@ def save(path: Path | str, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        runtime.sync(path.parent)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be written ({reason}): free space there, or choose another folder with "
@@ -74,15 +75,3 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(entry, f"{where}[{i}]")
     elif type(value) not in (torch.Tensor, int, float, bool, str, type(None)):
         raise ValueError(f"{where}: {type(value).__name__} is neither a tensor nor a plain value")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure; where folders cannot be opened (Windows) there is nothing to do."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -180,6 +180,19 @@ def import_ffcv():
     return sys.modules["ffcv"]
 
 
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power failure; where a system cannot open folders
+    (Windows) there is nothing to do."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on `device` now; of the machine's memory where the device has none of its own."""
     import torch
