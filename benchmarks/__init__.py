@@ -1,0 +1,17 @@
+"""Benchmarks of the project; each prints one table and, where asked to, keeps what it measured as JSON."""
+import json
+import sys
+from pathlib import Path
+
+from seresnet import runtime
+
+
+def keep(folder: str | None, name: str, recipe: str, result: dict) -> None:
+    """Write `<folder>/<name>.json`: the result with the machine, versions, commit and command that gave it; nothing
+    without a folder."""
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        record = {"recipe": recipe, **result, "machine": runtime.describe_machine(),
+                  "versions": runtime.describe_versions(), "commit": runtime.git_commit(),
+                  "command": ["python", *sys.orig_argv[1:]]}
+        (Path(folder) / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import sys
-from pathlib import Path
 
+from benchmarks import keep
 from seresnet import config, runtime
 
 LANES = ("data_wait", "augmentation", "forward", "backward", "optimizer", "rest", "evaluation")
@@ -156,11 +155,7 @@ def main() -> None:
         print(f"{settings.recipe}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
         result = summarise(measure(session, own.epochs), images, flop, ceiling)
     print(table(result))
-    if own.out:
-        Path(own.out).mkdir(parents=True, exist_ok=True)
-        record = {"recipe": settings.recipe, **result, "facts": facts, "machine": runtime.describe_machine(),
-                  "versions": runtime.describe_versions(), "commit": runtime.git_commit(), "command": sys.argv}
-        (Path(own.out) / "epochs.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(own.out, "epochs", settings.recipe, {**result, "facts": facts})
 
 
 if __name__ == "__main__":

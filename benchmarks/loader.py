@@ -8,13 +8,12 @@ them see the same moods of the machine; the medians over the rounds are reported
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from benchmarks import keep
 from seresnet import config, runtime
 
 WORKERS = 2    # of the DataLoader and of FFCV's example, which leave the augmentation to the CPU
@@ -176,12 +175,7 @@ def main() -> None:
     print(f"{beton.samples:,} images of {beton.width} x {beton.height}, batches of {settings.loader.batch_size}, "
           f"device {device}, {own.rounds} rounds\n")
     print(table(rows))
-    if own.out:
-        Path(own.out).mkdir(parents=True, exist_ok=True)
-        record = {"recipe": settings.recipe, "rounds": own.rounds, "batch_size": settings.loader.batch_size, "rows": rows,
-                  "machine": runtime.describe_machine(), "versions": runtime.describe_versions(),
-                  "commit": runtime.git_commit(), "command": sys.argv}
-        (Path(own.out) / "loader.json").write_text(json.dumps(record, indent=1) + "\n")
+    keep(own.out, "loader", settings.recipe, {"rounds": own.rounds, "batch_size": settings.loader.batch_size, "rows": rows})
 
 
 if __name__ == "__main__":

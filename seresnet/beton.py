@@ -96,14 +96,13 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         _write_samples(temporary, images, split.labels, progress)
-        whole = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        layout, _ = _read_layout(temporary)
+        layout, size = _read_layout(temporary)
         sidecar = {
             "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
             "samples": len(images), "height": images.shape[1], "width": images.shape[2],
             "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(),
             **dict(zip(("mean", "std"), channel_statistics(images))),
-            "bytes": temporary.stat().st_size, "sha256": whole, "layout_sha256": layout.sha256,
+            "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
             "versions": runtime.describe_versions(),
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         written = _beton(temporary, layout, sidecar)
@@ -229,8 +228,7 @@ def open_beton(path: Path | str, *, classes: int | None = None, image_size: int 
         raise BetonError(f"{path}: labels lie in [{beton.labels.min()}, {beton.labels.max()}], expected "
                          f"[0, {len(beton.classes) - 1}]: {AGAIN}")
     if verify == "full":
-        with open(path, "rb") as file:
-            whole = _sha256(file)
+        whole = _sha256(path)
         if whole != beton.sha256:
             raise BetonError(f"{path}: its sha256 is {whole}, its sidecar says {beton.sha256}: it was damaged since it "
                              f"was written; {AGAIN}")
@@ -275,11 +273,9 @@ def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
                  file_identity(path))
 
 
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_layout(path: Path) -> tuple[_Layout, int]:
