@@ -12,8 +12,8 @@ from seresnet import config, runtime
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     settings, _ = config.parse(sys.argv[1:], parser)
-    if settings.run.tune_allocator and settings.run.device in ("auto", "cpu"):
-        runtime.tune_allocator()
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
     from seresnet.loop import fit    # loads torch, which has to come after the allocator's restart
     fit(settings, sys.argv)
 

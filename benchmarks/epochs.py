@@ -137,8 +137,8 @@ def main() -> None:
     settings, own = config.parse(sys.argv[1:], parser)
     if own.epochs < 1:
         raise runtime.UserError(f"--epochs: got {own.epochs}, expected at least 1")
-    if settings.run.tune_allocator and settings.run.device in ("auto", "cpu"):
-        runtime.tune_allocator()
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
     import torch
 
     from seresnet import loop

@@ -153,8 +153,8 @@ def main() -> None:
     settings, own = config.parse(sys.argv[1:], parser)
     if own.rounds < 1:
         raise runtime.UserError(f"--rounds: got {own.rounds}, expected at least 1")
-    if settings.run.tune_allocator and settings.run.device in ("auto", "cpu"):
-        runtime.tune_allocator()
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
 
     from seresnet.beton import open_beton
     device = runtime.pick_device(settings.run.device)

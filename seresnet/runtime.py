@@ -102,12 +102,15 @@ def allocator_command(environment: dict[str, str], executable: str, arguments: l
     return {**environment, "GLIBC_TUNABLES": tunables, _TUNED_MARK: "tuned"}
 
 
-def tune_allocator() -> None:
+def tune_allocator(device: str = "cpu") -> None:
     """Start this program once more with glibc's allocator tuned for large tensors; returns where that is not needed.
 
-    Call it before torch is imported: everything done so far is thrown away. `sys.orig_argv` repeats the interpreter's
-    own options too.
+    device: what `run.device` asks for; only `auto` and `cpu` can end on a CPU, for any other nothing is done. Call it
+    before torch is imported: everything done so far is thrown away. `sys.orig_argv` repeats the interpreter's own
+    options too.
     """
+    if device not in ("auto", "cpu"):
+        return
     environment = allocator_command(dict(os.environ), sys.executable, sys.orig_argv[1:])
     if environment is not None:
         sys.stdout.flush()

@@ -60,6 +60,15 @@ def test_the_allocator_is_tuned_by_one_restart_that_keeps_the_command_line():
 
 
 @linux_only
+def test_the_allocator_is_tuned_for_a_training_on_the_cpu_alone():
+    code = "import sys; from seresnet import runtime; runtime.tune_allocator(sys.argv[1]); print(runtime.allocator_state())"
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "SERESNET_ALLOCATOR")}
+    states = {device: subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True, timeout=60,
+                                     env=clean).stdout for device in ("auto", "cpu", "cuda", "mps")}
+    assert states == {"auto": "tuned\n", "cpu": "tuned\n", "cuda": "default\n", "mps": "default\n"}
+
+
+@linux_only
 def test_the_allocator_is_left_alone_where_the_user_or_a_restart_has_set_it():
     restart = runtime.allocator_command
     tuned = restart({"A": "1"}, sys.executable, ["x.py"])
