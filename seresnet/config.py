@@ -101,8 +101,14 @@ class Model:
                   one_of=("none", "stem", "block"))
     se_reduction: int = key(16, "channels a unit in the middle of squeeze-and-excitation", at_least=1)
     activation: str = key("relu", "nonlinearity", one_of=("relu", "gelu", "silu", "elu", "leaky_relu"))
+    shortcut_scale: float = key(1.0, "factor on every block's shortcut", at_least=0)
+    norm_momentum: float = key(0.1, "weight of the newest batch in the running statistics of normalisation", above=0,
+                               at_most=1)
+    learned_norm_scale: bool = key(True, "train the scales of batch normalisation, or leave them at 1")
+    head_pool: str = key("mean", "how the head pools over the image", one_of=("mean", "max"))
     dropout: float = key(0.0, "rate ahead of the head", at_least=0, below=1)
-    logit_scale: float = key(1.0, "factor on the logits", above=0)
+    head_bias: bool = key(True, "give the head a bias")
+    head_std: float = key(0.0, "standard deviation of the head's first weights; 0 for torch's own", at_least=0)
     zero_init_norm: bool = key(False, "each block's last norm starts at 0: the block starts as the identity")
     initialisation: str = key("default", "of convolutions; default is torch's own",
                               one_of=("default", "kaiming", "xavier", "orthogonal"))
@@ -128,8 +134,11 @@ class Optim:
     betas: list[float] = key((0.9, 0.999), "of adamw", at_least=0, below=1, lengths=(2,))
     weight_decay: float = key(5e-4, "L2 on the gradient with sgd, decoupled with adamw, not on muon's convolutions",
                               at_least=0)
+    decay_per: str = key("rate", "a step decays by weight_decay times the learning rate, or times the schedule alone",
+                         one_of=("rate", "schedule"))
     decay: str = key("weights", "what decays: weights of convolutions, linear maps and SE, or all parameters",
                      one_of=("weights", "all"))
+    linear_lr_scale: float = key(1.0, "learning rate of the head's weights, as a multiple of lr (sgd_lr)", above=0)
     norm_bias_lr_scale: float = key(1.0, "learning rate of norm biases, as a multiple of lr (sgd_lr)", above=0)
     se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr (sgd_lr)", above=0)
     clip_norm: float = key(0.0, "largest norm over all gradients; 0 for no clipping", at_least=0)
@@ -310,6 +319,9 @@ def _contradictions(c: Config) -> list[str]:
     late = [m for m in c.optim.milestones if m >= c.loop.epochs]
     if c.optim.schedule == "step" and late:
         found.append(f"optim.milestones: got {late}, expected epochs below loop.epochs = {c.loop.epochs}")
+    if c.model.zero_init_norm and not c.model.learned_norm_scale:
+        found.append("model.zero_init_norm, model.learned_norm_scale: got true and false, expected not both: a scale that "
+                     "starts at 0 has to be learned")
     for name in ("translate", "cutout"):
         if getattr(c.augment, name) >= c.model.image_size:
             found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "

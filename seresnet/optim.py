@@ -10,6 +10,7 @@ from torch import nn
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 DECAYS = ("weights", "all")
+DECAYS_PER = ("rate", "schedule")
 KINDS = ("conv", "linear", "norm_scale", "norm_bias", "bias", "se")
 
 
@@ -42,17 +43,19 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float = 0.9, nesterov: bool = True,
                     betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0, decay: str = "weights",
-                    norm_bias_lr_scale: float = 1.0, se_lr_scale: float = 1.0, sgd_lr: float = 0.1,
-                    sgd_momentum: float = 0.85) -> torch.optim.Optimizer:
+                    decay_per: str = "rate", linear_lr_scale: float = 1.0, norm_bias_lr_scale: float = 1.0,
+                    se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85) -> torch.optim.Optimizer:
     """SGD (with momentum, Nesterov's form by choice), AdamW or Muon over groups by kind.
 
-    lr: peak learning rate of the weights; norm biases and SE take it times their scale. decay: `weights` decays
+    lr: peak learning rate of the weights; the head, norm biases and SE take it times their scale. decay: `weights` decays
     weights and SE's maps, and leaves scales and biases free, `all` decays every parameter (as torch does by default).
     Decay is torch's: added to the gradient in SGD, decoupled in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+    decay_per: `rate` multiplies it by the group's learning rate, as torch does; `schedule` by the schedule's factor alone
+    (the eta of that paper's algorithm 1), so that kinds with rates of their own decay alike.
     With `muon`, lr and momentum are those of convolutions; all else takes SGD with sgd_lr, sgd_momentum and the decay.
     Each group carries `kind` and `peak_lr`; `set_learning_rate` scales the latter by the schedule.
     """
-    scales = {"norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
+    scales = {"linear": linear_lr_scale, "norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
     groups = []
     for kind, parameters in parameters_by_kind(model).items():
         if parameters:
@@ -60,7 +63,7 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
             orthogonal = name == "muon" and kind == "conv"
             peak_lr = (sgd_lr if name == "muon" and not orthogonal else lr) * scales.get(kind, 1.0)
             group = dict(params=parameters, kind=kind, lr=peak_lr, peak_lr=peak_lr,
-                         weight_decay=weight_decay if decayed else 0.0)
+                         weight_decay=weight_decay / (peak_lr if decay_per == "schedule" else 1) if decayed else 0.0)
             if name == "muon":
                 group.update(orthogonal=orthogonal, momentum=momentum if orthogonal else sgd_momentum)
             groups.append(group)

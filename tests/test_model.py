@@ -16,8 +16,8 @@ def net(**changes):
 
 def test_words_of_the_config_are_those_of_the_model():
     words = {name: Model.__dataclass_fields__[name].metadata["limits"]["one_of"]
-             for name in ("activation", "se", "stem", "downsample", "initialisation")}
-    assert words == {"activation": tuple(m.ACTIVATIONS), "se": m.SE_PLACES, "stem": m.STEMS,
+             for name in ("activation", "se", "stem", "downsample", "head_pool", "initialisation")}
+    assert words == {"activation": tuple(m.ACTIVATIONS), "se": m.SE_PLACES, "stem": m.STEMS, "head_pool": m.HEAD_POOLS,
                      "downsample": m.DOWNSAMPLES, "initialisation": m.INITIALISATIONS}
 
 
@@ -54,18 +54,19 @@ def test_se_is_the_papers_formula():
             assert torch.allclose(got[b, c], x[b, c] * s[c], atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("stride, c_out", [(1, 6), (2, 6), (1, 8), (2, 8)])
-def test_residual_block_is_branch_plus_shortcut(stride, c_out):
+def test_residual_block_is_branch_plus_scaled_shortcut(stride, c_out, scale):
     torch.manual_seed(0)
     block = m.ResidualBlock(6, c_out, stride=stride, kernel=3, shortcut_kernel=1, depth=2, se_reduction=2,
-                            activation=m.ACTIVATIONS["relu"]).eval()
+                            activation=m.ACTIVATIONS["relu"], shortcut_scale=scale).eval()
     x = torch.randn(2, 6, 8, 8)
     conv1, norm1, _, conv2, norm2, se = block.branch
     branch = se(norm2(conv2(torch.relu(norm1(conv1(x))))))
     same = stride == 1 and c_out == 6
     assert isinstance(block.shortcut, nn.Identity) == same
     shortcut = x if same else block.shortcut[1](block.shortcut[0](x))
-    assert torch.allclose(block(x), torch.relu(branch + shortcut), atol=1e-6)
+    assert torch.allclose(block(x), torch.relu(branch + scale * shortcut), atol=1e-6)
     assert block(x).shape == (2, c_out, 8 // stride, 8 // stride)
 
 
@@ -115,9 +116,28 @@ def test_every_variant_trains_a_step_in_channels_last(activation, downsample, st
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
-def test_logit_scale_scales_the_logits():
-    x = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(net(logit_scale=0.25).eval()(x), net().eval()(x) * 0.25)
+@pytest.mark.parametrize("pool", m.HEAD_POOLS)
+def test_head_is_a_linear_map_of_the_pooled_image(pool):
+    built, x = net(head_pool=pool, head_bias=False).eval(), torch.randn(2, 3, 16, 16)
+    features = built.stages(built.stem(x))
+    pooled = torch.stack([torch.stack([getattr(plane, pool)() for plane in image]) for image in features])
+    assert built.head.bias is None
+    assert torch.allclose(built(x), pooled @ built.head.weight.T, atol=1e-6)
+
+
+def test_head_starts_with_the_spread_asked_for():
+    assert net(channels=[512], head_std=0.01).head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert net(channels=[512]).head.weight.std().item() == pytest.approx(1 / (3 * 1024) ** 0.5, rel=0.05)
+
+
+def test_norm_scales_can_be_left_at_one_and_statistics_take_their_momentum():
+    built = net(learned_norm_scale=False, norm_momentum=0.4, se="block").train()
+    norms = [module for module in built.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(not n.weight.requires_grad and n.bias.requires_grad and n.momentum == 0.4 for n in norms)
+    x = torch.randn(4, 3, 16, 16)
+    built(x)
+    assert torch.allclose(norms[0].running_mean, 0.4 * built.stem[0](x).mean((0, 2, 3)), atol=1e-6)
+    assert all(n.weight.requires_grad and n.momentum == 0.1 for n in net().modules() if isinstance(n, nn.BatchNorm2d))
 
 
 def test_whitened_patches_are_white():
@@ -150,6 +170,7 @@ def test_budget_message_has_both_numbers():
 @pytest.mark.parametrize("settings, message", [
     (dict(channels=[8, 8, 8]), "channels: .* has 3 entries, blocks has 2 stages"),
     (dict(kernels=[2]), "kernels: .* has an even number"),
+    (dict(zero_init_norm=True, learned_norm_scale=False), "zero_init_norm: .* learned_norm_scale is off"),
     (dict(blocks=[1] * 5, downsample="pool"), "5 stages leave nothing of images of 16 pixels"),
 ])
 def test_values_that_make_no_net_are_refused(settings, message):

@@ -17,8 +17,8 @@ def net(**changes):
 
 def test_words_of_the_config_are_those_of_the_module():
     fields = config.Optim.__dataclass_fields__
-    assert {n: fields[n].metadata["limits"]["one_of"] for n in ("name", "schedule", "decay")} == {
-        "name": optim.OPTIMIZERS, "schedule": optim.SCHEDULES, "decay": optim.DECAYS}
+    assert {n: fields[n].metadata["limits"]["one_of"] for n in ("name", "schedule", "decay", "decay_per")} == {
+        "name": optim.OPTIMIZERS, "schedule": optim.SCHEDULES, "decay": optim.DECAYS, "decay_per": optim.DECAYS_PER}
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(stem="whiten", downsample="pool"), dict(se="stem")])
@@ -44,13 +44,30 @@ def test_a_parameter_of_no_known_kind_is_an_error():
 
 
 def test_groups_carry_their_own_rate_and_decay():
-    optimizer = optim.build_optimizer(net(), name="sgd", lr=0.5, weight_decay=0.01, norm_bias_lr_scale=8, se_lr_scale=0.1)
+    optimizer = optim.build_optimizer(net(), name="sgd", lr=0.5, weight_decay=0.01, linear_lr_scale=2,
+                                      norm_bias_lr_scale=8, se_lr_scale=0.1)
     rates = {g["kind"]: (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups}
-    assert rates == {"conv": (0.5, 0.01), "linear": (0.5, 0.01), "norm_scale": (0.5, 0), "norm_bias": (4, 0), "bias": (0.5, 0), "se": (0.05, 0.01)}
+    assert rates == {"conv": (0.5, 0.01), "linear": (1.0, 0.01), "norm_scale": (0.5, 0), "norm_bias": (4, 0), "bias": (0.5, 0), "se": (0.05, 0.01)}
     optim.set_learning_rate(optimizer, 0.5)
     assert {g["kind"]: g["lr"] for g in optimizer.param_groups} == {k: v[0] / 2 for k, v in rates.items()}
     everything = optim.build_optimizer(net(), name="adamw", lr=0.5, weight_decay=0.01, decay="all")
     assert {g["weight_decay"] for g in everything.param_groups} == {0.01}
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_decay_per_schedule_shrinks_every_kind_alike(name):
+    model = net()
+    optimizer = optim.build_optimizer(model, name=name, lr=0.5, momentum=0.0, sgd_momentum=0.0, sgd_lr=2.0, weight_decay=0.01,
+                                      decay="all", decay_per="schedule", norm_bias_lr_scale=8, se_lr_scale=0.1)
+    optim.set_learning_rate(optimizer, 0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    convolutions = {id(p) for p in optim.parameters_by_kind(model)["conv"]}
+    for n, p in model.named_parameters():
+        if name != "muon" or id(p) not in convolutions:
+            assert torch.allclose(p, before[n] * (1 - 0.01 * 0.5), atol=1e-7), n
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
