@@ -77,7 +77,7 @@ class SEResNet(nn.Module):
     shortcut_kernels: a stage, or one for all. block_depth: convolutions in a block.
     stem: `conv` is a 3x3 convolution to `stem_channels` (0: the first stage's) with normalisation and activation;
     `whiten` is a fixed 2x2 convolution onto the principal directions of the training set's patches (see `whiten`),
-    with activation.
+    with activation; nothing in it is trained, so that the backward pass ends behind it.
     downsample: `stride` halves the side in the first block of every stage but the first, with a projection shortcut;
     `pool` puts a 3x3 convolution, 2x2 max-pooling, normalisation and activation ahead of every stage's blocks.
     se: `none`, `stem` (one SE behind the stem) or `block` (in every block), with its `se_reduction`.
@@ -111,7 +111,7 @@ class SEResNet(nn.Module):
         self.head_pool = head_pool
         if stem == "whiten":
             width, side = WHITEN_CHANNELS, image_size - 1
-            self.stem = nn.Sequential(nn.Conv2d(3, width, 2), act())
+            self.stem = nn.Sequential(nn.Conv2d(3, width, 2, bias=False), act())
             self.stem[0].weight.requires_grad_(False)    # set once from the data by `whiten`
         else:
             width, side = stem_channels or channels[0], image_size
