@@ -1,10 +1,16 @@
-"""Save and load training state: whole files only, and nothing in them but tensors and plain values."""
+"""Save and load training state: whole files only, and nothing in them but tensors and plain values.
+
+    last.pt       all that a training needs to go on as if it had never stopped (loop.py lays it out)
+    weights.pt    the net after the last whole epoch, with what is needed to rebuild it and to feed it images
+    best.pt       the same, after the epoch with the best evaluation
+"""
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from seresnet import runtime
 from seresnet.runtime import UserError
@@ -62,6 +68,38 @@ def load(path: Path | str) -> dict:
         raise CheckpointError(f"{path}: is of format {found!r}, this version reads {FORMAT}: use the version that wrote it")
     del state["format"]
     return state
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                   generator: torch.Generator) -> dict:
+    """All that changes from step to step: weights and norm buffers, the optimizer's buffers, the gradient scale, and the
+    state of every generator of random numbers (`generator`: augmentation's; torch's own: dropout's)."""
+    generators = {"augmentation": generator.get_state(), "torch": torch.get_rng_state()}
+    if generator.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(generator.device)
+    # The optimizer's groups follow from config and net: they are built anew, not read.
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(),
+            "generators": generators}
+
+
+def restore_training_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                           generator: torch.Generator) -> None:
+    """Put what `training_state` gave back into objects that were built from the same config.
+
+    Raises CheckpointError where it does not fit them.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        generator.set_state(state["generators"]["augmentation"])
+        torch.set_rng_state(state["generators"]["torch"])
+        if generator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], generator.device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint does not fit this net and machine ({' '.join(str(error).split())[:200]}): "
+                              "resume with the version and the kind of device that wrote it") from error
 
 
 def _check_plain(value: object, where: str) -> None:

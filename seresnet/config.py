@@ -48,6 +48,7 @@ class Run:
     tune_allocator: bool = key(True, "on Linux CPUs, restart once with glibc's allocator set for large tensors")
     threads: int = key(0, "torch's threads on the CPU; 0 leaves torch's own choice", at_least=0)
     folder: str = key("", "run folder to create; empty for <report.folder>/<recipe>-<time>")
+    resume: str = key("", "run folder to go on with, in its own config; auto: the newest unfinished one of this config")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,11 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = key(0, "steps between checkpoints within an epoch; 0 for the ends of epochs alone", at_least=0)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     split: str = key("test", "images to evaluate on; holdout is a fixed part of the training images, not trained on",
                      one_of=("test", "holdout"))
@@ -190,6 +196,7 @@ class Config:
     optim: Optim
     loop: Loop
     evaluate: Evaluate
+    checkpoint: Checkpoint
     report: Report
     recipe: str = "default"
 
@@ -201,7 +208,7 @@ class Config:
 
 SECTIONS: dict[str, type] = {"run": Run, "sources": Sources, "beton": Beton, "loader": Loader, "augment": Augment,
                              "model": Model, "loss": Loss, "optim": Optim, "loop": Loop, "evaluate": Evaluate,
-                             "report": Report}
+                             "checkpoint": Checkpoint, "report": Report}
 
 
 class Strict(Checker):
@@ -322,6 +329,9 @@ def _contradictions(c: Config) -> list[str]:
     if c.model.zero_init_norm and not c.model.learned_norm_scale:
         found.append("model.zero_init_norm, model.learned_norm_scale: got true and false, expected not both: a scale that "
                      "starts at 0 has to be learned")
+    if c.run.folder and c.run.resume not in ("", "auto"):
+        found.append(f"run.folder, run.resume: got {c.run.folder} and {c.run.resume}, expected one: a run goes on in its own "
+                     "folder")
     for name in ("translate", "cutout"):
         if getattr(c.augment, name) >= c.model.image_size:
             found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "
@@ -400,6 +410,14 @@ def parse(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) ->
             problems += error.problems
     own = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     layers.append(_command_line(rest, own, problems))
+    resume = next((layer["run.resume"] for layer in reversed(layers) if layer.get("run.resume")), "auto")
+    if isinstance(resume, str) and resume != "auto":
+        try:
+            saved = read_file(str(Path(resume) / "config.yaml"))
+            layers.insert(0, {name: value for name, value in saved.items() if name not in ("run.resume", "run.folder")})
+        except ConfigError:
+            problems.append(f"run.resume: {resume} is no run folder (looked in {Path.cwd()} for its config.yaml): name one, "
+                            "or auto")
     recipe = Path(options.config_file[-1]).stem if options.config_file else "default"
     return build(*layers, recipe=recipe, problems=problems), options
 

@@ -102,14 +102,16 @@ class BatchLoader:
     def __len__(self) -> int:
         return self.samples // self._batch_size if self._drop_last else -(-self.samples // self._batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of `epoch`, counted from 0, any of them at any time. Leaving the iterator early, by break or
-        close(), ends its reader thread and frees its memory.
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch`, counted from 0, from its `first_batch` on; any of them at any time. Leaving the iterator
+        early, by break or close(), ends its reader thread and frees its memory.
 
         Raises LoaderError where the beton cannot be read any more, within a second of the failure.
         """
+        if first_batch >= len(self):
+            return iter(())
         order = epoch_order(self.samples, self._seed, epoch) if self._shuffle else np.arange(self.samples)
-        order = order[:len(self) * self._batch_size]
+        order = order[first_batch * self._batch_size:len(self) * self._batch_size]
         if self.mode == "resident":
             return self._gather(order)
         return self._stream.read(self._indices[order])

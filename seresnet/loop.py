@@ -1,10 +1,12 @@
 """fit() and train_epoch(): the one place where loader, augmentation, net, loss and optimizer meet."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from seresnet.optim import build_optimizer, clip_gradients, learning_rate_factor
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
+WITHOUT_EFFECT = {"run.resume", "run.folder", "checkpoint", "report"}    # on the weights: may change when a run goes on
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
 
@@ -80,13 +83,15 @@ def build_model(config: Config) -> SEResNet:
 
 def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss: Callable, clip: Callable,
                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, learning_rate: Callable[[int], float],
-                first_step: int, dtype: torch.dtype, device: torch.device) -> Totals:
+                first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
+                after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device; the totals are read once.
 
     augment(batch) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
-    learning_rate(step) -> share of the peak for the run's step, of which `first_step` is this epoch's first.
+    learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
+    tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
-    tally = Tally(device)
+    tally = tally or Tally(device)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
         images = augment(batch)
@@ -100,8 +105,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         tally.add(logits, batch.labels, value)
+        after_step(step + 1, tally)
     return tally.read()
-
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Session:
     model: SEResNet
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    generator: torch.Generator    # of the augmentation, on the device
     train_batches: BatchLoader
     test_batches: BatchLoader
 
@@ -133,29 +139,32 @@ class Session:
             warmup_steps=round(optim.warmup_epochs * an_epoch), start=optim.start, final=optim.final,
             milestones=[round(epoch * an_epoch) for epoch in optim.milestones], gamma=optim.gamma)
 
-    def parts(self, epoch: int) -> dict:
-        """The arguments of train_epoch for `epoch` (from 0). Seeds torch's generators from (run seed, epoch), so that an
-        epoch's random numbers do not depend on what ran before it."""
+    def parts(self, epoch: int, batches_done: int = 0) -> dict:
+        """The arguments of train_epoch for `epoch` (from 0), of which `batches_done` were trained on before.
+
+        Seeds the generators from (run seed, epoch), so that an epoch's random numbers do not depend on what ran before it;
+        inside an epoch they are as the checkpoint left them.
+        """
         config, data = self.config, self.data.train
-        generator = torch.Generator(self.device)
-        generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
-        torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
+        if batches_done == 0:
+            self.generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
+            torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
         settings = asdict(config.augment)
 
         def augment(batch: Batch) -> torch.Tensor:
             return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
-                               dtype=self.dtype, generator=generator, seed=config.run.seed)
+                               dtype=self.dtype, generator=self.generator, seed=config.run.seed)
 
         return dict(
             augment=augment, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
-            learning_rate=self.learning_rate, first_step=epoch * len(self.train_batches))
+            learning_rate=self.learning_rate, first_step=epoch * len(self.train_batches) + batches_done)
 
-    def evaluate(self, tta: str) -> Evaluation:
-        """Accuracy and loss on the evaluation split."""
-        return evaluate(self.model, self.test_batches.epoch(0), samples=self.test_batches.samples, tta=tta,
+    def evaluate(self, tta: str, watch: Callable[[Iterable], Iterable] = iter) -> Evaluation:
+        """Accuracy and loss on the evaluation split, whose batches pass through `watch`."""
+        return evaluate(self.model, watch(self.test_batches.epoch(0)), samples=self.test_batches.samples, tta=tta,
                         mean=self.data.train.mean, std=self.data.train.std, dtype=self.dtype, device=self.device)
 
 
@@ -173,7 +182,8 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size, indices=data.test_indices,
                                shuffle=False)
     return Session(config, data, device, dtype, model, build_optimizer(model, **optim),
-                   torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), train_batches, test_batches)
+                   torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
+                   train_batches, test_batches)
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -187,47 +197,196 @@ def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
 def fit(config: Config, command: Sequence[str]) -> dict:
     """Train the net of `config`, evaluate it, leave a run folder behind. Returns what its report.json holds.
 
-    command: the command line, for the run folder. Raises UserError before anything is written where config, data and
-    machine do not fit together; NonFiniteLoss where training diverged: `weights.pt` then holds the last good epoch.
+    command: the command line, for the run folder. With `run.resume` an earlier run goes on, in its own folder, as if it had
+    never stopped. Raises UserError before anything is written where config, data and machine do not fit together;
+    NonFiniteLoss where training diverged (`weights.pt` then holds the last good epoch); Interrupted after a signal, when
+    `last.pt` holds all that is needed to go on.
     """
     device = runtime.pick_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.backends.cudnn.benchmark = True    # shapes are the same in every step
     data, model = prepare(config)
+    folder, state = open_resumed(config, data)
+    if state is not None:
+        config = replace(config, recipe=state["recipe"])
     with open_session(config, device, data, model) as session:
-        folder = report.create_run_folder(config.report.folder, config.recipe, config.run.folder)
-        folder.write_start(config.as_dict(), {
-            "command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
-            "machine": runtime.describe_machine(), "seed": config.run.seed})
-        report.print_summary(config.as_dict(), facts(session), folder.path)
-        return run_epochs(session, folder)
+        environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
+                       "machine": runtime.describe_machine(), "seed": config.run.seed}
+        if state is None:
+            folder = report.create_run_folder(config.report.folder, config.recipe, config.run.folder)
+            folder.write_start(config.as_dict(), environment)
+        else:
+            checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
+                                              session.generator)
+            folder.rewind(state["records"])
+            folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
+        with closing(folder):
+            report.print_summary(config.as_dict(), facts(session), folder.path)
+            return run_epochs(session, folder, state)
 
 
-def run_epochs(session: Session, folder: report.RunFolder) -> dict:
-    """Every epoch of the run: train, check, evaluate, save, log; then the report."""
-    config, epochs = session.config, session.config.loop.epochs
+# -- stop and go on -----------------------------------------------------------------------------------------------------
+
+def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, dict | None]:
+    """The folder to go on in, locked, and its last state, as `run.resume` asks for; (None, None) to start a new run.
+
+    Raises UserError where a named run is finished, has no checkpoint, is being trained, or is of another config or data.
+    """
+    named = config.run.resume
+    if not named:
+        return None, None
+    if named != "auto":
+        path = Path(named)
+        if (path / "report.json").exists():
+            raise runtime.UserError(f"run.resume: {path} is finished, its report.json is there: nothing is left to do")
+        if not (path / "last.pt").exists():
+            raise runtime.UserError(f"run.resume: {path} holds no last.pt to go on from: start anew, without run.resume")
+        folder = report.open_run_folder(path)
+        try:
+            return folder, load_state(path, config, data)
+        except runtime.UserError:
+            folder.close()
+            raise
+    for path in report.unfinished_run_folders(config.report.folder, config.recipe, config.run.folder):
+        try:
+            folder = report.open_run_folder(path)
+        except runtime.UserError:    # another process is at work there: this is not the run to go on with
+            continue
+        state = checkpoint.load(path / "last.pt")
+        if not differences(state, config, data):
+            return folder, state
+        folder.close()
+    return None, None
+
+
+def load_state(path: Path, config: Config, data: Data) -> dict:
+    """What last.pt in the run folder `path` holds. Raises UserError, with every difference, where it is of another run."""
+    state = checkpoint.load(path / "last.pt")
+    found = differences(state, config, data)
+    if found:
+        raise runtime.UserError(*(f"run.resume: {path}: {line}: leave it as it was, or start a new run" for line in found))
+    return state
+
+
+def differences(state: dict, config: Config, data: Data) -> list[str]:
+    """What of config and data is not as it was when `state` was saved, a line each; keys WITHOUT_EFFECT do not count."""
+    found, missing = [], "nothing"
+    for section, values in config.as_dict().items():
+        for key, value in values.items():
+            before = state["config"].get(section, {}).get(key, missing)
+            if before != value and not {section, f"{section}.{key}"} & WITHOUT_EFFECT:
+                found.append(f"{section}.{key}: was {before}, is {value}")
+    for split, beton in (("train", data.train), ("test", data.test)):
+        if state["data"][split] != beton.sha256:
+            found.append(f"beton.{split}: {beton.path} holds other bytes than before")
+    return found
+
+
+class Keeper:
+    """Saves all of a run's state where it is due, and ends the run, saved, when a signal has asked for it.
+
+    state: what an earlier process saved, or None at a run's start.
+    """
+
+    def __init__(self, session: Session, folder: report.RunFolder, clock: Clock, stop: runtime.StopRequest,
+                 state: dict | None):
+        self._session, self._folder, self._clock, self._stop = session, folder, clock, stop
+        state = state or {"epoch": 0, "batches_done": 0, "tally": None, "best": {"epoch": 0, "accuracy": -1.0},
+                          "seconds": {}, "startup_seconds": 0.0, "total_seconds": 0.0, "resumed": -1}
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        self.tally = Tally.from_state(state["tally"], session.device) if state["tally"] else Tally(session.device)
+        self.best, self.resumed = state["best"], state["resumed"] + 1
+        self._earlier_total_seconds = state["total_seconds"]
+        self.startup_seconds = state["startup_seconds"] + report.seconds_since_process_start()
+        self._booked = {lane: -value for lane, value in state["seconds"].items()}    # when the epoch began
+
+    def after_step(self, step: int, tally: Tally) -> None:
+        """Save inside an epoch where `checkpoint.every_steps` says so, or to stop."""
+        every = self._session.config.checkpoint.every_steps
+        if self._stop.signal or (every and step % every == 0):
+            self.batches_done = step - self.epoch * len(self._session.train_batches)
+            self.save()
+            self.leave_if_asked()
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """`batches` of an evaluation, left when a signal asks for it."""
+        for batch in batches:
+            if self._stop.signal:
+                self.save()
+                self.leave_if_asked()
+            yield batch
+
+    def leave_if_asked(self) -> None:
+        """Raise Interrupted where a signal has come; the state has to be saved before."""
+        if self._stop.signal:
+            raise runtime.Interrupted(f"stopped in epoch {self.epoch + 1}, {self.batches_done} of "
+                                      f"{len(self._session.train_batches)} steps done: go on with --run.resume "
+                                      f"{self._folder.path}", self._stop.signal)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the present epoch so far, a lane, those before an interruption included."""
+        return {lane: value - self._booked.get(lane, 0.0) for lane, value in self._clock.split().items()}
+
+    def total_seconds(self) -> float:
+        """Seconds of this process and of those that trained this run before."""
+        return self._earlier_total_seconds + report.seconds_since_process_start()
+
+    def finish_epoch(self, result: Evaluation | None) -> None:
+        """Save at the end of an epoch: the net, the net where it is the best so far, the whole state."""
+        path, self.epoch, self.batches_done = self._folder.path, self.epoch + 1, 0
+        self.tally, self._booked = Tally(self._session.device), self._clock.split()
+        net = weights(self._session, self.epoch)
+        if result and result.plain.accuracy > self.best["accuracy"]:
+            self.best = {"epoch": self.epoch, "accuracy": result.plain.accuracy}
+            checkpoint.save(path / "best.pt", net)
+        checkpoint.save(path / "weights.pt", net)
+        self.save()
+
+    def save(self) -> None:
+        """Write last.pt. Raises NonFiniteLoss, and leaves the file as it is, where the state is not worth keeping."""
+        session = self._session
+        with self._clock.lane("checkpoint"):
+            if self.batches_done:
+                stop_unless_finite(session, self.tally.read(), self.epoch, self._folder)
+            checkpoint.save(self._folder.path / "last.pt", {
+                "training": checkpoint.training_state(session.model, session.optimizer, session.scaler, session.generator),
+                "epoch": self.epoch, "batches_done": self.batches_done,
+                "tally": self.tally.state() if self.batches_done else None, "best": self.best,
+                "records": self._folder.records, "seconds": self.seconds(), "startup_seconds": self.startup_seconds,
+                "total_seconds": self.total_seconds(), "resumed": self.resumed, "config": session.config.as_dict(),
+                "recipe": session.config.recipe,
+                "data": {"train": session.data.train.sha256, "test": session.data.test.sha256}})
+
+
+def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = None) -> dict:
+    """Every epoch of the run, or those left of it after `state`: train, check, evaluate, save, log; then the report."""
+    config, epochs, steps = session.config, session.config.loop.epochs, len(session.train_batches)
     clock = Clock(session.device)
     network = torch.compile(session.model) if config.run.compile else session.model
-    startup_seconds = report.seconds_since_process_start()
-    with clock.lane("rest"):
-        for epoch in range(epochs):
+    result = None
+    with runtime.StopRequest() as stop, clock.lane("rest"):
+        keeper = Keeper(session, folder, clock, stop, state)
+        keeper.save()    # from here on a run that is killed can go on, and this folder can be written
+        for epoch in range(keeper.epoch, epochs):
             last = epoch == epochs - 1
-            before = clock.split()
             with clock.lane("train"):
-                batches = report.progress(session.train_batches.epoch(epoch), len(session.train_batches),
-                                          f"epoch {epoch + 1}/{epochs}")
-                totals = train_epoch(network, clock.waiting(batches, "data_wait"), **session.parts(epoch))
+                batches = report.progress(session.train_batches.epoch(epoch, keeper.batches_done), steps,
+                                          f"epoch {epoch + 1}/{epochs}", keeper.batches_done)
+                totals = train_epoch(network, clock.waiting(batches, "data_wait"), tally=keeper.tally,
+                                     after_step=keeper.after_step, **session.parts(epoch, keeper.batches_done))
+            keeper.batches_done = steps
             stop_unless_finite(session, totals, epoch, folder)
-            result = None
             with clock.lane("eval"):
-                if last or (config.evaluate.every and (epoch + 1) % config.evaluate.every == 0):
-                    result = session.evaluate(config.evaluate.tta if last else "none")
-            checkpoint.save(folder.path / "weights.pt", weights(session, epoch + 1))
-            seconds = {lane: value - before.get(lane, 0.0) for lane, value in clock.split().items()}
-            folder.log(record(session, epoch, totals, result, seconds))
+                due = last or (config.evaluate.every and (epoch + 1) % config.evaluate.every == 0)
+                result = session.evaluate(config.evaluate.tta if last else "none", keeper.watch) if due else None
+            folder.log(record(session, epoch, totals, result, keeper.seconds()))
+            keeper.finish_epoch(result)
             report.print_epoch(folder.records[-1], epochs)
-    return finish(session, folder, result, clock, startup_seconds)
+            keeper.leave_if_asked()
+        if result is None:    # the earlier process ended between its last epoch and its report
+            result = session.evaluate(config.evaluate.tta)
+    return finish(session, folder, result, keeper)
 
 
 def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: report.RunFolder) -> None:
@@ -265,30 +424,32 @@ def facts(session: Session) -> dict[str, str | int]:
 def record(session: Session, epoch: int, totals: Totals, result: Evaluation | None, seconds: dict[str, float]) -> dict:
     """One line of log.jsonl. Losses are means a sample, accuracies fractions, the learning rate the epoch's last."""
     step = (epoch + 1) * len(session.train_batches)
-    train_seconds = seconds["train"] + seconds["data_wait"]
+    train_seconds = seconds.get("train", 0.0) + seconds.get("data_wait", 0.0)
     return {"epoch": epoch + 1, "steps": step,
             "learning_rate": session.config.optim.lr * session.learning_rate(step - 1),
             "train_loss": totals.loss, "train_accuracy": totals.accuracy,
             "test_loss": result.plain.loss if result else None,
             "test_accuracy": result.plain.accuracy if result else None,
             "images_per_second": totals.seen / train_seconds, "train_seconds": train_seconds,
-            "data_wait_seconds": seconds["data_wait"], "eval_seconds": seconds["eval"]}
+            "data_wait_seconds": seconds.get("data_wait", 0.0), "eval_seconds": seconds.get("eval", 0.0)}
 
 
-def finish(session: Session, folder: report.RunFolder, result: Evaluation, clock: Clock, startup_seconds: float) -> dict:
+def finish(session: Session, folder: report.RunFolder, result: Evaluation, keeper: Keeper) -> dict:
     """Write report.json and the curves, print the last line; returns the report."""
     config, train, test = session.config, session.data.train, session.data.test
-    train_seconds = sum(line["train_seconds"] for line in folder.records)
+    train_seconds, eval_seconds, data_wait_seconds = (
+        sum(line[f"{lane}_seconds"] for line in folder.records) for lane in ("train", "eval", "data_wait"))
     outcome = {
         "recipe": config.recipe, "accuracy": result.plain.accuracy, "accuracy_tta": result.tta.accuracy,
         "loss": result.plain.loss, "loss_tta": result.tta.loss, "correct": result.plain.correct,
         "correct_tta": result.tta.correct, "evaluated": result.plain.seen, "split": config.evaluate.split,
         "tta": config.evaluate.tta, "parameters": count_parameters(session.model), "epochs": config.loop.epochs,
-        "train_seconds": train_seconds, "eval_seconds": clock.seconds("eval"), "startup_seconds": startup_seconds,
-        "total_seconds": report.seconds_since_process_start(),
+        "best_epoch": keeper.best["epoch"], "best_accuracy": keeper.best["accuracy"], "resumed": keeper.resumed,
+        "train_seconds": train_seconds, "eval_seconds": eval_seconds, "startup_seconds": keeper.startup_seconds,
+        "total_seconds": keeper.total_seconds(),
         "images_per_second": sum(line["images_per_second"] * line["train_seconds"] for line in folder.records)
         / train_seconds,
-        "data_wait_fraction": clock.seconds("data_wait") / train_seconds, "seed": config.run.seed,
+        "data_wait_fraction": data_wait_seconds / train_seconds, "seed": config.run.seed,
         "data": {"train": str(train.path), "train_sha256": train.sha256, "test": str(test.path),
                  "test_sha256": test.sha256, "set": train.name, "source": train.source},
         **{f"run_{name}": value for name, value in facts(session).items() if name != "parameters"}}

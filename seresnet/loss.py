@@ -48,6 +48,19 @@ class Tally:
         self._seen = 0
         self._steps = 0
 
+    def state(self) -> dict[str, torch.Tensor | int]:
+        """What `from_state` needs to count on from here."""
+        return {"correct": self._correct, "loss_sum": self._loss_sum, "first_bad": self._first_bad, "seen": self._seen,
+                "steps": self._steps}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor | int], device: torch.device) -> Tally:
+        """A tally that counts on from what `state` gave."""
+        tally = cls(device)
+        tally._correct, tally._loss_sum, tally._first_bad = (state[k].to(device) for k in ("correct", "loss_sum", "first_bad"))
+        tally._seen, tally._steps = state["seen"], state["steps"]
+        return tally
+
     @torch.no_grad()
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
         """Count one batch. logits: (B, K). labels: int64 (B,). loss: scalar, the batch's mean."""

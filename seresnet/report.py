@@ -5,10 +5,11 @@
     log.jsonl          one line an epoch
     report.json        the outcome
     curves.png         loss, accuracy and learning rate over the epochs
-    weights.pt         written by checkpoint.py
+    last.pt, best.pt, weights.pt    written by checkpoint.py
 """
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -17,10 +18,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import yaml
 
+from seresnet import runtime
 from seresnet.runtime import UserError
 
 T = TypeVar("T")
@@ -28,9 +30,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of one run's own. `records` are the lines of log.jsonl so far."""
+    """A folder of one run's own, until `close`. `records` are the lines of log.jsonl so far."""
 
     path: Path
+    log_file: IO[str]    # open and locked: no other process trains into this folder meanwhile
     records: list[dict] = field(default_factory=list)
 
     def write_start(self, config: Mapping, environment: Mapping) -> None:
@@ -38,13 +41,31 @@ class RunFolder:
         (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
         self._write_json("environment.json", environment)
 
+    def write_resumption(self, environment: Mapping) -> None:
+        """Add to environment.json what the run goes on with."""
+        try:
+            first = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):    # killed while it was written: what goes on matters more
+            first = {}
+        self._write_json("environment.json", {**first, "resumed": [*first.get("resumed", []), dict(environment)]})
+
     def log(self, record: Mapping) -> None:
         """Append one epoch's record to log.jsonl; it is on disk when this returns."""
         self.records.append(dict(record))
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(_json(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.log_file.write(_json(record) + "\n")
+        self.log_file.flush()
+        os.fsync(self.log_file.fileno())
+
+    def rewind(self, records: Iterable[Mapping]) -> None:
+        """Make log.jsonl hold `records` and nothing else: what was logged after the checkpoint will be trained again."""
+        self.records.clear()
+        self.log_file.truncate(0)
+        for record in records:
+            self.log(record)
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        self.log_file.close()
 
     def write_report(self, outcome: Mapping, curves: bool) -> None:
         """Write report.json, and curves.png where asked for."""
@@ -71,19 +92,41 @@ def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") 
             if any(path.iterdir()):
                 raise UserError(f"run.folder: {path} is not empty: choose another, or remove it")
             (path / "log.jsonl").touch(exist_ok=False)    # two runs that start together: one of them gets here first
-            return RunFolder(path)
+            return open_run_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
             candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
             try:
                 candidate.mkdir()
-                return RunFolder(candidate)
+                return open_run_folder(candidate)
             except FileExistsError:
                 continue
     except OSError as error:
         key = "run.folder" if explicit else "report.folder"
         raise UserError(f"{key}: {path}: cannot be created ({error.strerror}): choose another place") from error
     raise UserError(f"report.folder: {path} and 998 names like it are taken: choose another place")
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """The run folder at `path`, to write into. Raises UserError where another process does, or it cannot be written."""
+    try:
+        log_file = open(path / "log.jsonl", "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path / 'log.jsonl'}: cannot be written ({error.strerror}): choose another folder") from error
+    if not runtime.lock(log_file):
+        log_file.close()
+        raise UserError(f"run.folder: another process is training into {path}: wait for it, or choose another folder")
+    return RunFolder(path, log_file)
+
+
+def unfinished_run_folders(base: Path | str, recipe: str, explicit: Path | str = "") -> list[Path]:
+    """Folders of `recipe` under `base` (or the `explicit` one) with a checkpoint and without a report, newest first."""
+    try:
+        found = [Path(explicit)] if explicit else list(Path(base).glob(f"{glob.escape(recipe)}-*"))
+        found = [path for path in found if (path / "last.pt").exists() and not (path / "report.json").exists()]
+        return sorted(found, key=lambda path: (path / "last.pt").stat().st_mtime, reverse=True)
+    except OSError:
+        return []
 
 
 def _json(content: Mapping, indent: int | None = None) -> str:
@@ -181,18 +224,18 @@ def print_outcome(outcome: Mapping, folder: Path) -> None:
           f"{outcome['total_seconds']:.1f} s; {folder}", flush=True)
 
 
-def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """`items`, with a progress bar on a terminal and nothing elsewhere."""
+def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Iterator[T]:
+    """`items`, with a progress bar on a terminal and nothing elsewhere. done: how many of `total` lie behind already."""
     if not sys.stderr.isatty():
         return iter(items)
-    return _with_bar(items, total, label)
+    return _with_bar(items, total, label, done)
 
 
-def _with_bar(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+def _with_bar(items: Iterable[T], total: int, label: str, done: int) -> Iterator[T]:
     from tqdm import tqdm
     iterator = iter(items)
     try:
-        with tqdm(iterator, total=total, desc=label, leave=False, unit="batch", dynamic_ncols=True) as bar:
+        with tqdm(iterator, total=total, initial=done, desc=label, leave=False, unit="batch", dynamic_ncols=True) as bar:
             yield from bar
     finally:
         if hasattr(iterator, "close"):

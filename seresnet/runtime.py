@@ -9,12 +9,13 @@ import errno
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +50,51 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. Programs print it without a traceback and exit with status 3."""
 
 
+class Interrupted(BaseException):
+    """A signal asked the program to stop, and what it was doing has been saved. `status` is 128 plus the signal's number.
+
+    Not an Exception, like KeyboardInterrupt: nothing that handles failures may take it for one.
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
+class StopRequest:
+    """Within its block, SIGINT and SIGTERM are noted in `signal` (0 until then) instead of ending the program; a second
+    one ends it at once. Outside the main thread, and where the caller has told us to ignore a signal, nothing changes."""
+
+    def __init__(self):
+        self.signal = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+            except ValueError:    # only the main thread may
+                return self
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+        os.write(2, b"stopping after this step; once more to leave at once\n")    # print() may be what was interrupted
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run an entry point and turn its end into an exit status.
 
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
-    130 interrupted. Anything else is a defect of ours and keeps its traceback.
+    130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         status = main() or 0
@@ -70,6 +111,8 @@ def run_program(main: Callable[[], int | None]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
+    except Interrupted as stop:
+        status = _complain((str(stop),), stop.status)
     except KeyboardInterrupt:
         status = _complain(("interrupted",), 130)
     sys.exit(status)
@@ -181,6 +224,20 @@ def import_ffcv():
         finally:
             numba.typed.Dict = typed_dictionary
     return sys.modules["ffcv"]
+
+
+def lock(file: IO) -> bool:
+    """Take the open `file` for this process alone, until it is closed; False where another process has it. Where a
+    system has no such locks (Windows) or a file system knows none, True."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def sync(path: Path) -> None:

@@ -49,7 +49,7 @@ def test_digits_reach_their_accuracy(digits):
     assert time.perf_counter() - started < 120
     assert output.splitlines()[-1].endswith("; whole") and "\x1b" not in output + errors and "\r" not in errors
     assert sorted(p.name for p in (digits / "whole").iterdir()) == [
-        "config.yaml", "curves.png", "environment.json", "log.jsonl", "report.json", "weights.pt"]
+        "best.pt", "config.yaml", "curves.png", "environment.json", "last.pt", "log.jsonl", "report.json", "weights.pt"]
     assert report["startup_seconds"] + report["train_seconds"] < report["total_seconds"] < time.perf_counter() - started + 1
     environment = json.loads((digits / "whole/environment.json").read_text())
     assert environment["machine"]["allocator"] == "tuned" or not sys.platform.startswith("linux")
@@ -105,17 +105,52 @@ def test_several_mistakes_are_told_at_once(digits):
         assert part in errors
 
 
-def test_an_interrupt_ends_without_a_traceback(digits):
-    process = start("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml", "--loop.epochs", 500,
-                    "--run.folder", "interrupted")
+@pytest.fixture(scope="module")
+def uninterrupted(digits):
+    """The report of five epochs without a break."""
+    status, _, errors = run("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml", "--loop.epochs", 5,
+                            "--run.folder", "uninterrupted")
+    assert status == 0, errors
+    return json.loads((digits / "uninterrupted/report.json").read_text())
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_run_goes_on_from_its_folder_alone(digits, uninterrupted, number, status):
+    folder = f"stopped-{number}"
+    process = start("ffcv_train.py", digits, "--config-file", ROOT / "rn_configs/digits.yaml", "--loop.epochs", 5,
+                    "--run.folder", folder)
     deadline = time.monotonic() + 60
-    while not (digits / "interrupted/weights.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    while not (digits / folder / "weights.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    signalled = time.monotonic()
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == "error: interrupted\n"
-    lines = (digits / "interrupted/log.jsonl").read_text().splitlines()
-    assert all(json.loads(line) for line in lines) and not (digits / "interrupted/report.json").exists()
+    assert process.returncode == status and time.monotonic() - signalled < 10
+    if number != signal.SIGKILL:
+        first, last = errors.splitlines()
+        assert first.startswith("stopping after this step") and last.endswith(f"go on with --run.resume {folder}")
+    assert not (digits / folder / "report.json").exists()
+    got, output, errors = run("ffcv_train.py", digits, "--run.resume", folder)
+    assert got == 0, errors
+    report = json.loads((digits / folder / "report.json").read_text())
+    same = ("recipe", "accuracy", "accuracy_tta", "loss", "loss_tta", "epochs", "best_epoch")
+    assert {k: report[k] for k in same} == {k: uninterrupted[k] for k in same} and report["resumed"] == 1
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    code = ("import time; from seresnet import runtime\n"
+            "with runtime.StopRequest() as stop:\n"
+            "    print('ready', flush=True)\n"
+            "    while True: time.sleep(0.01)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=listen_to_interrupts)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline().startswith("stopping after this step; once more")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("module, arguments, table", [

@@ -1,15 +1,16 @@
 """loop: a small training end to end in this process: what it learns, repeats, refuses and leaves behind."""
 import hashlib
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from seresnet import checkpoint, loop
+from seresnet import checkpoint, loop, report
 from seresnet.beton import write_beton
 from seresnet.config import build
-from seresnet.runtime import NonFiniteLoss, UserError
+from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
 from seresnet.sources import Split
 
 CLASSES = ("dark", "top", "bottom")
@@ -174,3 +175,136 @@ def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
     assert (tmp_path / "mine" / "report.json").exists()
     with pytest.raises(UserError, match="mine"):
         train(betons, tmp_path / "unused", run__folder=str(tmp_path / "mine"), loop__epochs=1)
+
+
+# -- stop and go on -----------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0), "adamw": dict(optim__name="adamw", optim__lr=1e-3),
+              "muon": dict(optim__name="muon", loader__mode="stream")}
+
+
+class Crash(Exception):
+    """As if the power had failed: nothing gets a chance to save."""
+
+
+def fail_at(monkeypatch, name, calls, action):
+    """Let the `calls`-th call of loop.<name> perform `action` first."""
+    whole, count = getattr(loop, name), [0]
+
+    def counted(*arguments, **named):
+        count[0] += 1
+        if count[0] == calls:
+            action()
+        return whole(*arguments, **named)
+    monkeypatch.setattr(loop, name, counted)
+    return lambda: monkeypatch.setattr(loop, name, whole)
+
+
+def crash():
+    raise Crash
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("where, calls, action, epoch, done", [
+    ("smoothed_cross_entropy", 13, terminate, 1, 4), ("smoothed_cross_entropy", 18, terminate, 1, 9),
+    ("evaluate", 2, terminate, 1, 9), ("smoothed_cross_entropy", 13, crash, 1, 0), ("smoothed_cross_entropy", 17, crash, 1, 6),
+    ("evaluate", 3, crash, 2, 0), ("finish", 1, crash, 3, 0)])
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(betons, tmp_path, monkeypatch, name, where, calls, action,
+                                                                   epoch, done):
+    # 9 steps an epoch: call 13 is the 4th step of the second epoch, whose checkpoint is written behind that step
+    settings = dict(OPTIMIZERS[name], model__dropout=0.2, augment__flip="alternating", augment__cutout=3)
+    if calls == 17:
+        settings["checkpoint__every_steps"] = 5    # the run's 15th step is the second epoch's 6th
+    whole = train(betons, tmp_path / "whole", **settings)
+    restore = fail_at(monkeypatch, where, calls, action)
+    with pytest.raises(Interrupted if action is terminate else Crash) as caught:
+        train(betons, tmp_path / "stopped", **settings)
+    restore()
+    folder = folder_of(tmp_path / "stopped")
+    if action is terminate:
+        assert caught.value.status == 143 and f"--run.resume {folder}" in str(caught.value)
+    saved = checkpoint.load(folder / "last.pt")
+    assert (saved["epoch"], saved["batches_done"]) == (epoch, done) and not (folder / "report.json").exists()
+    resumed = train(betons, tmp_path / "unused", run__resume=str(folder), **settings)
+    assert weights_hash(folder) == weights_hash(folder_of(tmp_path / "whole"))
+    assert logged(folder) == logged(folder_of(tmp_path / "whole"))
+    timeless = ("accuracy", "accuracy_tta", "loss", "loss_tta", "best_epoch", "best_accuracy", "epochs", "recipe")
+    assert {k: resumed[k] for k in timeless} == {k: whole[k] for k in timeless}
+    assert resumed["resumed"] == 1 and whole["resumed"] == 0
+    assert resumed["total_seconds"] >= resumed["train_seconds"] + resumed["eval_seconds"] + resumed["startup_seconds"]
+    [resumption] = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert resumption["epoch"] == epoch and resumption["versions"]
+    assert not (tmp_path / "unused").exists()
+
+
+def stopped_run(betons, tmp_path, monkeypatch, **settings):
+    restore = fail_at(monkeypatch, "smoothed_cross_entropy", 13, crash)
+    with pytest.raises(Crash):
+        train(betons, tmp_path, **settings)
+    restore()
+    return max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def test_a_changed_config_is_refused_with_the_differences(betons, tmp_path, monkeypatch):
+    folder = stopped_run(betons, tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError) as caught:
+        train(betons, tmp_path, run__resume=str(folder), optim__lr=0.07, loader__batch_size=8)
+    assert [line.split(": ", 2)[2] for line in caught.value.problems] == [
+        "loader.batch_size: was 16, is 8: leave it as it was, or start a new run",
+        "optim.lr: was 0.05, is 0.07: leave it as it was, or start a new run"]
+    write_beton(tmp_path / "other.beton", stripes(61, 5), classes=CLASSES, name="stripes", source="test", fingerprint="y")
+    other = {**betons, "beton.test": str(tmp_path / "other.beton")}
+    with pytest.raises(UserError, match="beton.test: was .*\n.*other.beton holds other bytes than before"):
+        train(other, tmp_path, run__resume=str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_cannot_be_resumed_says_why(betons, tmp_path, monkeypatch):
+    folder = stopped_run(betons, tmp_path / "a", monkeypatch)
+    elsewhere = report.open_run_folder(folder)
+    with pytest.raises(UserError, match="another process is training into"):
+        train(betons, tmp_path / "a", run__resume=str(folder))
+    elsewhere.close()
+    train(betons, tmp_path / "a", run__resume=str(folder))
+    with pytest.raises(UserError, match="is finished"):
+        train(betons, tmp_path / "a", run__resume=str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no last.pt"):
+        train(betons, tmp_path / "a", run__resume=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="run.folder, run.resume"):
+        train(betons, tmp_path / "a", run__resume=str(folder), run__folder=str(tmp_path / "b"))
+
+
+def test_auto_goes_on_with_the_newest_unfinished_run_of_this_config(betons, tmp_path, monkeypatch):
+    train(betons, tmp_path, run__resume="auto", run__seed=1)
+    finished = folder_of(tmp_path)
+    stopped = stopped_run(betons, tmp_path, monkeypatch, run__seed=1)
+    other_seed = stopped_run(betons, tmp_path, monkeypatch, run__seed=2)
+    train(betons, tmp_path, run__resume="auto", run__seed=1)
+    assert (stopped / "report.json").exists() and weights_hash(stopped) == weights_hash(finished)
+    assert len(list(tmp_path.iterdir())) == 3 and not (other_seed / "report.json").exists()
+    train(betons, tmp_path, run__resume="auto", run__seed=1)    # nothing is left to go on with
+    assert len(list(tmp_path.iterdir())) == 4
+    with report.open_run_folder(other_seed).log_file:    # a process is at work there
+        train(betons, tmp_path, run__resume="auto", run__seed=2)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_best_is_the_epoch_with_the_best_evaluation(betons, tmp_path):
+    outcome = train(betons, tmp_path, loop__epochs=5, optim__lr=0.3, evaluate__split="holdout", evaluate__holdout_size=30)
+    folder = folder_of(tmp_path)
+    accuracies = [line["test_accuracy"] for line in logged(folder)]
+    best = checkpoint.load(folder / "best.pt")
+    assert best["epochs_done"] == outcome["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert outcome["best_accuracy"] == max(accuracies)
+    assert checkpoint.load(folder / "weights.pt")["epochs_done"] == 5
