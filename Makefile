@@ -2,11 +2,12 @@
 # make test    the tests; those on real images need CIFAR10_DIR
 # make setup   system packages, .venv, pinned dependencies; each target does it by itself, and again for nothing
 #
-# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to pip (README, "Without a GPU").
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to pip (README, "Without a GPU"),
+# FFCV=no does without FFCV, a compiler and system packages.
 
 CONFIG ?= rn_configs/se94.yaml
 PYTHON ?= python3
-export CIFAR10_DIR PYTHON PIP_ARGS
+export CIFAR10_DIR PYTHON PIP_ARGS FFCV
 
 .PHONY: train test setup
 

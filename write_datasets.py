@@ -17,9 +17,12 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="write again what is up to date")
     settings, own = config.parse(sys.argv[1:], parser)
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
-    source = sources.find_source(settings.sources.path, settings.sources.kind)
+    source = sources.find_source(**vars(settings.sources))
     print(f"source: {source.describe()}", flush=True)
-    fingerprint = source.fingerprint()
+    storage = {"storage": settings.beton.storage}
+    if settings.beton.storage == "jpeg":
+        storage["jpeg_quality"] = settings.beton.jpeg_quality
+    fingerprint = f"{source.fingerprint()}/{'-'.join(map(str, storage.values()))}"
     outdated = [name for name, path in targets.items() if own.force or not beton.is_current(path, f"{fingerprint}/{name}")]
     for name, path in targets.items():
         if name not in outdated:
@@ -31,7 +34,7 @@ def main() -> None:
         started, split = time.perf_counter(), getattr(images, name)
         with report.CountBar(len(split.labels), name, " images") as bar:
             written = beton.write_beton(targets[name], split, classes=images.classes, name=images.name,
-                                        source=images.source, fingerprint=f"{fingerprint}/{name}", progress=bar)
+                                        source=images.source, fingerprint=f"{fingerprint}/{name}", progress=bar, **storage)
         print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
               f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
               f"read back in {time.perf_counter() - started:.1f} s", flush=True)

@@ -145,7 +145,7 @@ def main() -> None:
     device = runtime.pick_device(settings.run.device)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    data, model = loop.prepare(settings)
+    settings, data, model = loop.prepare(settings)
     flop = flop_an_image(model, settings.model.image_size)
     with loop.open_session(settings, device, data, model) as session:
         ceiling = matrix_product_rate(session.dtype, device)

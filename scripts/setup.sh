@@ -1,6 +1,7 @@
 #!/bin/sh
 # System packages, .venv, pinned dependencies. Done once: a second call compares one line and leaves.
-# Exit status 2 with the packages' names where they are missing and cannot be installed.
+# Exit status 2 with the packages' names where they are missing and cannot be installed. FFCV=no does without FFCV, and so
+# without compiler and system packages: sets are then kept in memory.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -8,7 +9,7 @@ python=${PYTHON:-python3}
 die() { printf 'error: %s\n' "$@" >&2; exit 2; }
 
 command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer, or name one with PYTHON=..."
-state="$("$python" -c 'import sys; print(sys.version)') $(cat pyproject.toml scripts/setup.sh | cksum) ${PIP_ARGS:-}"
+state="$("$python" -c 'import sys; print(sys.version)') $(cat pyproject.toml scripts/setup.sh | cksum) ${PIP_ARGS:-} ${FFCV:-}"
 if [ -f .venv/ready ] && [ "$(cat .venv/ready)" = "$state" ]; then exit 0; fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -24,7 +25,7 @@ missing() {
         echo "Python headers"
     "$python" -c 'import ensurepip' 2>/dev/null || echo "Python venv"
 }
-if [ -n "$(missing)" ]; then
+if [ "${FFCV:-yes}" != no ] && [ -n "$(missing)" ]; then
     apt="g++ pkg-config libopencv-dev libturbojpeg0-dev"
     # Only Debian's own interpreter takes its headers and venv from packages.
     case "$(command -v "$python")" in /usr/bin/*) apt="$apt python3-dev python3-venv" ;; esac
@@ -42,10 +43,13 @@ if [ -n "$(missing)" ]; then
         "  apt    sudo apt-get install $apt" \
         "  dnf    sudo dnf install gcc-c++ pkgconf-pkg-config opencv-devel turbojpeg-devel python3-devel" \
         "  brew   brew install pkg-config opencv jpeg-turbo" \
-        "  conda  conda install -c conda-forge cxx-compiler pkg-config libopencv libjpeg-turbo"
+        "  conda  conda install -c conda-forge cxx-compiler pkg-config libopencv libjpeg-turbo" \
+        "or do without FFCV, which keeps sets in memory instead of streaming them: make setup FFCV=no"
 fi
 
+extras=test,ffcv
+[ "${FFCV:-yes}" != no ] || extras=test
 echo "installing Python packages into .venv (a minute or two, more where torch's CUDA build is fetched)"
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check ${PIP_ARGS:-} --editable '.[test]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check ${PIP_ARGS:-} --editable ".[$extras]"
 printf '%s\n' "$state" >.venv/ready

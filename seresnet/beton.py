@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import numpy as np
 
 from seresnet import runtime
 from seresnet.runtime import UserError
-from seresnet.sources import Split, channel_statistics
+from seresnet.files import read_image
+from seresnet.imageset import Split, channel_statistics
 
 FORMAT = 1    # of the sidecar; raised when a reader of today could not understand it
 # The layout of FFCV 1.0.2 (ffcv/types.py, ffcv/fields/rgb_image.py), for a file with an RGB image and an integer label.
@@ -34,7 +36,7 @@ SAMPLE = np.dtype({"names": ["mode", "width", "height", "data_ptr", "label"], "f
                    "offsets": [0, 1, 3, 5, 16], "itemsize": 24})
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"label")]    # RGBImageField, IntField
-RAW = 1                                    # `mode` of pixels that are stored as they are
+MODES = {"jpeg": 0, "raw": 1}              # how pixels are stored
 AGAIN = "write it again with `python write_datasets.py --config-file ... --force`"
 
 
@@ -55,6 +57,7 @@ class Beton:
     std: tuple[float, float, float]
     sha256: str
     labels: np.ndarray
+    storage: str    # raw or jpeg
     name: str
     source: str
     identity: tuple[int, ...]    # of the file on disk, as file_identity gives it
@@ -82,33 +85,38 @@ def sidecar_path(path: Path | str) -> Path:
 # -- writing ------------------------------------------------------------------------------------------------------------
 
 def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], name: str, source: str, fingerprint: str,
+                storage: str = "raw", jpeg_quality: int = 95,
                 progress: Callable[[int], None] = lambda written: None) -> Beton:
-    """Write one split as raw pixels, so that at any moment `path` is the old file or the new one, whole.
+    """Write one split, so that at any moment `path` is the old file or the new one, whole.
 
     split: uint8 (N, H, W, 3) and int64 (N,) in [0, len(classes)). name, source, fingerprint: of the data set, for the
-    sidecar. progress(n) hears how many samples are written. The new file is read back and compared pixel for pixel
-    before it takes the old one's place. Raises BetonError where it cannot be written or does not read back; the old
-    file is then untouched.
+    sidecar. storage: `raw` pixels, or `jpeg` of that quality (1 to 100), which loses some and takes less room. progress(n)
+    hears how many samples are written. The new file is read back and compared, raw pixels one for one, before it takes the
+    old one's place. Raises BetonError where it cannot be written or does not read back; the old file is then untouched.
     """
     path = Path(path)
     images = np.ascontiguousarray(split.images)
     _check_writable(path, images)
+    contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        _write_samples(temporary, images, split.labels, progress)
+        _write_samples(temporary, contents, split.labels, images.shape[1:3], storage, progress)
         layout, size = _read_layout(temporary)
         sidecar = {
             "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
             "samples": len(images), "height": images.shape[1], "width": images.shape[2],
-            "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(),
-            **dict(zip(("mean", "std"), channel_statistics(images))),
+            "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
             "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
             "versions": runtime.describe_versions(),
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         written = _beton(temporary, layout, sidecar)
-        if not np.array_equal(read_images(written), images) or not np.array_equal(written.labels, split.labels):
+        stored = read_images(written)
+        same = np.array_equal(stored, images) if storage == "raw" else all(
+            np.array_equal(_region(temporary, layout, i), content) for i, content in enumerate(contents))
+        if not same or not np.array_equal(written.labels, split.labels):
             raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
                              "that was there before is untouched")
+        sidecar.update(zip(("mean", "std"), map(list, channel_statistics(stored))))
         runtime.sync(temporary)
         note = Path(f"{temporary}.json")
         note.write_text(json.dumps(sidecar, indent=1) + "\n")
@@ -155,52 +163,64 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _write_samples(path: Path, images: np.ndarray, labels: np.ndarray, progress: Callable[[int], None]) -> None:
-    """FFCV's writer, its parts called in this process.
+def _encode_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    from PIL import Image
+    file = io.BytesIO()
+    # Full resolution of the colours: halving it, JPEG's default, costs small images most of theirs.
+    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=0)
+    return np.frombuffer(file.getbuffer(), np.uint8)
 
-    `DatasetWriter.from_indexed_dataset` hands the samples to worker processes and waits for ever when one of them dies
-    (ffcv/writer.py, `_write_common`). Copying raw pixels is not work that wants processes: here an exception is simply
-    an exception, and the same images give the same bytes.
+
+def _write_samples(path: Path, contents: Sequence[np.ndarray], labels: np.ndarray, shape: tuple[int, int], storage: str,
+                   progress: Callable[[int], None]) -> None:
+    """Write uint8 `contents`, one a sample, in FFCV's format: byte for byte what its own writer makes of them (a test).
+
+    Not through FFCV's `DatasetWriter`, which hands samples to worker processes and waits for ever when one of them dies
+    (ffcv/writer.py, `_write_common`), and which needs FFCV to be installed. Copying bytes is not work that wants processes.
     """
-    runtime.import_ffcv()
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.writer import DatasetWriter, handle_sample
-    largest = images[0].nbytes
-    page_size = max(8 << 20, 1 << (largest - 1).bit_length())
-    writer = DatasetWriter(str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()},
-                           page_size=page_size, num_workers=1)
-    writer.num_samples = len(images)
-    writer.prepare()
-    try:
-        metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type, count=len(images))
-        allocator = MemoryAllocator(str(path), writer.data_region_start, page_size)
-        with allocator:
-            for i in range(len(images)):
-                handle_sample((images[i], labels[i]), i, metadata.dtype.names, metadata, allocator, writer.fields)
-                if i % 1000 == 999:
-                    progress(i + 1)
-        writer.finalize(allocator.allocations)
-    finally:
-        metadata = None    # a view of the shared memory, which cannot be closed under it
-        writer.metadata_sm.unlink()
-        try:
-            writer.metadata_sm.close()
-        except BufferError:    # an exception on its way still holds a view: it goes when that does
-            pass
-    progress(len(images))
+    sizes = [len(content) for content in contents]
+    page_size = max(8 << 20, 1 << (max(sizes) - 1).bit_length())
+    header, table = np.zeros(1, HEADER), np.zeros(len(sizes), ALLOCATION)
+    descriptors, rows = np.zeros(len(FIELDS), FIELD), np.zeros(len(sizes), SAMPLE)
+    for descriptor, (kind, name) in zip(descriptors, FIELDS):
+        descriptor["type_id"], descriptor["name"] = kind, name
+    position = -(-(header.nbytes + descriptors.nbytes + rows.nbytes) // page_size) * page_size
+    for i, size in enumerate(sizes):    # a sample lies within one page
+        if position // page_size != (position + size - 1) // page_size:
+            position = -(-position // page_size) * page_size
+        table[i] = i, position, size
+        position += size
+    header["version"], header["num_fields"], header["page_size"] = VERSION, len(FIELDS), page_size
+    header["num_samples"], header["alloc_table_ptr"] = len(sizes), -(-position // page_size) * page_size
+    rows["mode"], rows["height"], rows["width"] = MODES[storage], *shape
+    rows["data_ptr"], rows["label"] = table["ptr"], labels
+    with open(path, "wb") as file:
+        for part in (header, descriptors, rows):
+            file.write(part.tobytes())
+        for i, content in enumerate(contents):
+            start = int(table["ptr"][i])
+            if file.tell() != start:
+                file.write(bytes(start - file.tell()))
+            file.write(content)
+            if i % 1000 == 999:
+                progress(i + 1)
+        file.write(bytes(int(header["alloc_table_ptr"][0]) - file.tell()))
+        file.write(table.tobytes())
+    progress(len(sizes))
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a beton's structure says, checked to be consistent: sample i's pixels start at byte pointers[i]."""
+    """What a beton's structure says, checked to be consistent: sample i's pixels are sizes[i] bytes from pointers[i] on."""
 
     height: int
     width: int
+    storage: str
     labels: np.ndarray
     pointers: np.ndarray
+    sizes: np.ndarray
     sha256: str    # of header, descriptors, metadata and table: all but the pixels
 
 
@@ -253,23 +273,40 @@ def is_current(path: Path | str, fingerprint: str) -> bool:
         return False
 
 
-def read_images(beton: Beton) -> np.ndarray:
-    """All pixels, uint8 (N, H, W, 3), read by numpy alone: what FFCV should yield."""
+def read_images(beton: Beton, samples: np.ndarray | None = None) -> np.ndarray:
+    """Pixels, uint8 (N, H, W, 3), of these `samples` (int64) or of all, read without FFCV: what FFCV should yield.
+
+    Of JPEGs, FFCV's decoder is faster and coarser: it may differ by some steps in a pixel. Raises BetonError where one cannot be decoded.
+    """
     layout, _ = _read_layout(beton.path)
-    images = np.empty((beton.samples, beton.height, beton.width, 3), np.uint8)
-    a_sample = images[0].nbytes
-    content = np.memmap(beton.path, np.uint8, mode="r")
-    order = np.argsort(layout.pointers)
-    gaps = np.flatnonzero(np.diff(layout.pointers[order]) != a_sample) + 1    # between pages
+    samples = np.arange(beton.samples) if samples is None else np.asarray(samples)
+    images = np.empty((len(samples), beton.height, beton.width, 3), np.uint8)
+    if beton.storage == "jpeg":
+        for i, sample in enumerate(samples):
+            content = io.BytesIO(_region(beton.path, layout, sample).tobytes())
+            image = read_image(content, f"{beton.path}: sample {sample}")
+            if image.shape != images.shape[1:]:
+                raise BetonError(f"{beton.path}: sample {sample} is {image.shape[1]} x {image.shape[0]} pixels, its row says "
+                                 f"{beton.width} x {beton.height}: {AGAIN}")
+            images[i] = image
+        return images
+    a_sample, content = images[0].nbytes, np.memmap(beton.path, np.uint8, mode="r")
+    order = np.argsort(layout.pointers[samples])
+    gaps = np.flatnonzero(np.diff(layout.pointers[samples][order]) != a_sample) + 1    # between pages
     for run in np.split(order, gaps):
-        start = layout.pointers[run[0]]
+        start = layout.pointers[samples[run[0]]]
         images[run] = content[start:start + len(run) * a_sample].reshape(-1, *images.shape[1:])
     return images
 
 
+def _region(path: Path, layout: _Layout, sample: int) -> np.ndarray:
+    start, size = int(layout.pointers[sample]), int(layout.sizes[sample])
+    return np.memmap(path, np.uint8, mode="r", offset=start, shape=(size,))
+
+
 def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
     return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
-                 tuple(sidecar["std"]), sidecar["sha256"], layout.labels, sidecar["name"], sidecar["source"],
+                 tuple(sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
                  file_identity(path))
 
 
@@ -325,23 +362,26 @@ def _read_layout(path: Path) -> tuple[_Layout, int]:
     height, width = int(metadata["height"][0]), int(metadata["width"][0])
     if not height or not width or (metadata["height"] != height).any() or (metadata["width"] != width).any():
         refuse("holds images of different sizes, or of none")
-    if (metadata["mode"] != RAW).any():
-        refuse("holds images that are not stored as raw pixels")
+    storage = {number: name for name, number in MODES.items()}.get(int(metadata["mode"][0]))
+    if storage is None or (metadata["mode"] != metadata["mode"][0]).any():
+        refuse("holds images that are stored neither all as raw pixels nor all as JPEG")
     a_sample = height * width * 3
-    if (table["size"] != a_sample).any():
+    if storage == "raw" and (table["size"] != a_sample).any():
         refuse(f"its allocation table has regions that are not of {height} x {width} x 3 bytes")
-    first_page = metadata_start + len(rows)
-    if (table["ptr"] < first_page).any() or (table["ptr"] > table_start - a_sample).any() or table_start < a_sample:
+    table = table[np.argsort(table["ptr"], kind="stable")]
+    first_page, most = metadata_start + len(rows), table_start - metadata_start
+    if (table["size"] < 1).any() or (table["size"] > most).any() or (table["ptr"] < first_page).any() or (
+            table["ptr"] > table_start - table["size"]).any():
         refuse("its allocation table points outside its pages")
-    pointers = np.sort(table["ptr"])
-    if (np.diff(pointers) < a_sample).any():
+    if (np.diff(table["ptr"]) < table["size"][:-1]).any():
         refuse("its allocation table has regions that overlap")
-    if not np.array_equal(pointers, np.sort(metadata["data_ptr"])):
+    if not np.array_equal(table["ptr"], np.sort(metadata["data_ptr"])):
         refuse("its samples point elsewhere than its allocation table")
+    sizes = table["size"][np.searchsorted(table["ptr"], metadata["data_ptr"])].astype(np.int64)
     digest = hashlib.sha256(head + descriptors)
     digest.update(rows)
     digest.update(entries)
-    return _Layout(height, width, metadata["label"].astype(np.int64), metadata["data_ptr"].astype(np.int64),
+    return _Layout(height, width, storage, metadata["label"].astype(np.int64), metadata["data_ptr"].astype(np.int64), sizes,
                    digest.hexdigest()), size
 
 

@@ -53,15 +53,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Sources:
-    path: str = key("data", "folder, archive or image tree to convert")
+    path: str = key("data", "folder, archive or file to convert")
     kind: str = key("auto", "what lies at sources.path; auto recognises it",
-                    one_of=("auto", "binary", "pickle", "archive", "folder", "download", "digits"))
+                    one_of=("auto", "binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays", "download", "digits"))
+    image_size: int = key(0, "side in pixels to bring images to; 0 leaves them as they are", at_least=0, at_most=4096)
+    fit: str = key("resize", "how: both sides to image_size, or the shorter one, and the middle cut out",
+                   one_of=("resize", "crop"))
+    test_share: float = key(0.2, "share of each class that becomes the test split where there is none", above=0, below=1)
+    labels: str = key("fine", "which of its two kinds of labels, of CIFAR-100", one_of=("fine", "coarse"))
 
 
 @dataclass(frozen=True)
 class Beton:
     train: str = key("data/cifar10_train.beton", "training split as an FFCV file")
     test: str = key("data/cifar10_test.beton", "test split as an FFCV file")
+    storage: str = key("raw", "how the converter stores pixels; jpeg takes less room and loses some", one_of=("raw", "jpeg"))
+    jpeg_quality: int = key(95, "of beton.storage: jpeg", at_least=1, at_most=100)
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ class Model:
     zero_init_norm: bool = key(False, "each block's last norm starts at 0: the block starts as the identity")
     initialisation: str = key("default", "of convolutions; default is torch's own",
                               one_of=("default", "kaiming", "xavier", "orthogonal"))
-    classes: int = key(10, "classes; the data must have as many", at_least=2)
-    image_size: int = key(32, "side of the images in pixels; the data must have the same", at_least=4)
+    classes: int = key(10, "classes; the data must have as many; 0 takes their number", at_least=0)
+    image_size: int = key(32, "side of the images in pixels; the data must have the same; 0 takes theirs", at_least=0)
     max_parameters: int = key(5_000_000, "budget, checked before anything trains; 0 for none", at_least=0)
 
 
@@ -180,6 +187,7 @@ class Evaluate:
 class Report:
     folder: str = key("runs", "where run folders are created")
     curves: bool = key(True, "draw curves.png at the end")
+    tensorboard: bool = key(False, "write TensorBoard events into the run folder (pip install tensorboard)")
 
 
 @dataclass(frozen=True)
@@ -332,8 +340,11 @@ def _contradictions(c: Config) -> list[str]:
     if c.run.folder and c.run.resume not in ("", "auto"):
         found.append(f"run.folder, run.resume: got {c.run.folder} and {c.run.resume}, expected one: a run goes on in its own "
                      "folder")
+    for name, least in (("classes", 2), ("image_size", 4)):
+        if 0 < getattr(c.model, name) < least:
+            found.append(f"model.{name}: got {getattr(c.model, name)}, expected {least} and more, or 0 for the data's")
     for name in ("translate", "cutout"):
-        if getattr(c.augment, name) >= c.model.image_size:
+        if 0 < c.model.image_size <= getattr(c.augment, name):
             found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "
                          f"{c.model.image_size}")
     for name in ("channels", "kernels", "shortcut_kernels"):
@@ -342,7 +353,7 @@ def _contradictions(c: Config) -> list[str]:
             found.append(f"model.{name}: got {length} entries, expected 1 or, as model.blocks has, {stages}")
     even = [f"model.{name}" for name in ("kernels", "shortcut_kernels") if any(k % 2 == 0 for k in getattr(c.model, name))]
     found += [f"{name}: got an even number, expected odd ones, which keep the image's side" for name in even]
-    if c.evaluate.split == "holdout" and c.evaluate.holdout_size % c.model.classes:
+    if c.evaluate.split == "holdout" and c.model.classes and c.evaluate.holdout_size % c.model.classes:
         found.append(f"evaluate.holdout_size: got {c.evaluate.holdout_size}, expected a multiple of model.classes = "
                      f"{c.model.classes}, so that every class has as many")
     if Path(c.beton.train) == Path(c.beton.test):

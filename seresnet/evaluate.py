@@ -1,41 +1,31 @@
-"""Exact accuracy with test-time augmentation: views averaged before the decision, every sample counted once."""
+"""Exact accuracy with test-time augmentation: views averaged before the decision, every sample counted once; and what a
+trained net does well and badly on a labelled set: python -m seresnet.evaluate --checkpoint runs/X --data BETON_OR_DIR
+"""
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from seresnet import beton, pictures, report, runtime, shift, sources, trained
 from seresnet.augment import normalise
 from seresnet.loss import Tally, Totals
-
-# What each kind of test-time augmentation looks at: functions of the normalised batch.
-VIEWS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], ...]] = {
-    "none": (lambda images: images,),
-    "flip": (lambda images: images, lambda images: images.flip(3)),
-}
-
+from seresnet.tta import VIEWS, log_probabilities
 
 class Evaluation(NamedTuple):
     """Totals of the plain images, and of the views together."""
 
     plain: Totals
     tta: Totals
-
-
-def log_probabilities(model: nn.Module, images: torch.Tensor, tta: str, dtype: torch.dtype
-                      ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities, float32 (B, K) twice: of the images as they are, and of the mean probability over the views.
-
-    images: normalised `dtype` (B, 3, H, W), channels-last. tta: a key of VIEWS. The first view is the image itself.
-    """
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        views = [F.log_softmax(model(view(images)).float(), dim=1) for view in VIEWS[tta]]
-    mean = torch.logsumexp(torch.stack(views), dim=0) - math.log(len(views))
-    return views[0], mean
 
 
 @torch.inference_mode()
@@ -60,3 +50,111 @@ def evaluate(model: nn.Module, batches: Iterable, *, samples: int, mean: Sequenc
     if result.plain.seen != samples:
         raise RuntimeError(f"evaluated {result.plain.seen} samples, the split has {samples}")
     return result
+
+
+# -- a trained net on a labelled set ------------------------------------------------------------------------------------
+
+def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
+    """Figures of a set from its predicted probabilities, float (N, K), and labels, int64 (N,) in [0, K).
+
+    `accuracy`; `loss`, the mean negative log of the true class's probability, in nats; `calibration_error`, the expected
+    calibration error over `bins` equal bins of confidence (Guo et al., arXiv 1706.04599, section 2); `confusion`, integers
+    (K, K), a row a true class; `recall` and `precision` a class, NaN where it has no sample or is never predicted.
+    """
+    classes, predicted = probabilities.shape[1], probabilities.argmax(1)
+    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    confidence, correct = probabilities.max(1), predicted == labels
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(correct[places == b].mean() - confidence[places == b].mean()) * (places == b).mean()
+            for b in range(bins) if (places == b).any()]
+    hits = np.diag(confusion).astype(float)
+    with np.errstate(invalid="ignore"):
+        recall, precision = hits / confusion.sum(1), hits / confusion.sum(0)
+    true = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), np.finfo(np.float32).tiny)
+    return {"accuracy": float(correct.mean()), "loss": float(-np.log(true).mean()), "calibration_error": float(sum(gaps)),
+            "confusion": confusion, "recall": recall, "precision": precision}
+
+
+def read_labelled(path: str, net: trained.TrainedNet) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 (N, H, W, 3), labels int64 (N,) and a description: a beton's, or a data set's test split.
+
+    Raises UserError where they do not fit the net's classes and image size.
+    """
+    if path.endswith(".beton"):
+        opened = beton.open_beton(path)
+        images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
+    else:
+        how = {name: net.config["sources"][name] for name in ("image_size", "fit", "test_share", "labels")}
+        found = sources.find_source(path, **how).read()
+        images, labels, classes, text = found.test.images, found.test.labels, found.classes, f"{found.source}, test split"
+    problems = []
+    if tuple(classes) != net.classes:
+        differing = sorted(set(classes) ^ set(net.classes))[:5] or "their order"
+        problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}; they differ in {differing}: give "
+                        "images of the set that it was trained on")
+    if images.shape[1:3] != (net.image_size, net.image_size):
+        problems.append(f"--data {path}: has images of {images.shape[2]} x {images.shape[1]} pixels, the net takes {net.image_size} x "
+                        f"{net.image_size}: write them with --sources.image_size {net.image_size}")
+    if problems:
+        raise runtime.UserError(*problems)
+    return images, labels, text
+
+
+def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str) -> dict[str, list[float]]:
+    """Accuracy under each of shift.CORRUPTIONS, a list over the severities 1 to 5."""
+    return {name: [float((net.predict(shift.corrupt(images, name, severity), tta) == labels).mean())
+                   for severity in shift.SEVERITIES] for name in shift.CORRUPTIONS}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m seresnet.evaluate", description="What a trained net does well and badly.")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
+    parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="flip", help="test-time augmentation [flip]")
+    parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities")
+    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/ beside the checkpoint]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    options = parser.parse_args(sys.argv[1:])
+    net = trained.load(options.checkpoint, options.device)
+    images, labels, text = read_labelled(options.data, net)
+    folder = Path(options.out) if options.out else net.path.parent / "evaluation"
+    report.create_folder(folder)
+    started = time.perf_counter()
+    probabilities = net.probabilities(images, options.tta)
+    seconds = time.perf_counter() - started
+    found = measure(probabilities, labels)
+    report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta}\n"
+               f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, calibration error {found['calibration_error']:.2%}\n")
+    counts, shares = found["confusion"], {name: [f"{v:.1%}" if v == v else "-" for v in found[name]] for name in ("recall", "precision")}
+    rows = list(zip(net.classes, map(str, counts.sum(1)), shares["recall"], shares["precision"]))
+    report.say(report.table(("class", "images", "recall", "precision"), rows))
+    if len(net.classes) <= 25:
+        report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
+                                       [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
+    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta, "seconds": seconds, **{
+        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
+    if options.shift:
+        outcome["shift"] = measure_shift(net, images, labels, options.tta)
+        means = [float(np.mean(values)) for values in outcome["shift"].values()]
+        outcome["shift_accuracy"] = float(np.mean(means))
+        report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
+            *((name, *(f"{v:.2%}" for v in values), f"{mean:.2%}") for (name, values), mean in zip(outcome["shift"].items(), means)),
+            ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")]))
+        pictures.draw_shift(outcome["shift"], found["accuracy"], f"{net.path.parent.name}: accuracy under corruption",
+                            folder / "shift.png")
+    report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
+    pictures.draw_confusion(counts, net.classes, f"{net.path.parent.name}: {found['accuracy']:.2%} of {len(labels):,} images",
+                            folder / "confusion.png")
+    wrong = np.flatnonzero(probabilities.argmax(1) != labels)
+    wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:40]
+    if len(wrong):
+        captions = [f"{net.classes[labels[i]][:14]}\n\u2192 {net.classes[probabilities[i].argmax()][:14]} {probabilities[i].max():.0%}"
+                    for i in wrong]
+        pictures.draw_sheet(images[wrong], captions, "the most confident mistakes: true class \u2192 prediction", folder / "mistakes.png",
+                            columns=8)
+    report.say(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from seresnet import runtime
-from seresnet.beton import Beton
+from seresnet.beton import Beton, read_images
 from seresnet.runtime import UserError
 
 RESIDENT_SHARE = 0.25    # of the free memory: what `auto` lets a resident set take
@@ -69,9 +69,10 @@ def holdout_split(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
 class BatchLoader:
     """Batches of a beton, an epoch at a time.
 
-    mode: `stream` reads through FFCV every epoch, for sets of any size; `resident` reads once through FFCV and keeps the
-    pixels as uint8 on the device, batches being gathers from them; `auto` keeps what fits into a quarter of the free
-    memory. All modes yield the same batches for the same seed.
+    mode: `stream` reads through FFCV every epoch, for sets of any size; `resident` reads once (through FFCV, or through
+    beton.py where it is not installed) and keeps the pixels as uint8 on the device, batches being gathers from them; `auto`
+    keeps what fits into a quarter of the free memory, or anything where FFCV is missing. All modes yield the same batches
+    for the same seed (but for JPEGs read without FFCV, see beton.read_images).
     indices: the samples to deliver, int64, all where None; in this order where `shuffle` is off.
     workers: decoding threads of FFCV, 0 for one: copying raw pixels never waits for more, and a second thread takes its
     core from the training (records/: loader). batches_ahead: batches that `stream` prepares in advance.
@@ -138,22 +139,35 @@ class BatchLoader:
 
     def _keep(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All samples in the order of `indices`, on the device: pixels uint8 (N, H, W, 3), labels and indices int64 (N,)."""
-        pixels = torch.empty(self.samples, self._beton.height, self._beton.width, 3, dtype=torch.uint8, device=self._device)
-        filled = 0
+        shape = self.samples, self._beton.height, self._beton.width, 3
+        if not runtime.has_ffcv():
+            self._beton.check_unchanged()
+            pixels = torch.from_numpy(read_images(self._beton, self._indices)).to(self._device)
+            return self._with_labels(pixels)
+        pixels, filled = torch.empty(shape, dtype=torch.uint8, device=self._device), 0
         for batch in self._stream.read(self._indices):
             pixels[filled:filled + len(batch.images)] = batch.images.permute(0, 2, 3, 1)
             filled += len(batch.images)
         if filled != self.samples:
             raise LoaderError(f"{self._beton.path}: FFCV delivered {filled} of {self.samples} samples")
         self._stream.close()
+        return self._with_labels(pixels)
+
+    def _with_labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         indices = torch.from_numpy(self._indices)
         return pixels, torch.from_numpy(self._beton.labels[self._indices]).to(self._device), indices.to(self._device)
 
 
 def _pick_mode(mode: str, size: int, device: torch.device) -> str:
-    if mode == "auto":
-        return "resident" if size <= RESIDENT_SHARE * runtime.free_memory(device) else "stream"
-    return mode
+    if mode == "resident" or (mode == "auto" and size <= RESIDENT_SHARE * runtime.free_memory(device)):
+        return "resident"
+    if runtime.has_ffcv():
+        return "stream"
+    room = runtime.free_memory(device)
+    if mode == "stream" or size > room:
+        raise LoaderError(f"loader.mode: {mode}: the images take {size >> 20} MiB of {room >> 20} free, and without FFCV they are "
+                          "kept in memory: install FFCV (README, \"Install\"), or let loader.mode be auto for a set that fits")
+    return "resident"
 
 
 class _Stream:

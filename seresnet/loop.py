@@ -39,32 +39,47 @@ class Data:
     test_indices: np.ndarray | None = None
 
 
-def prepare(config: Config) -> tuple[Data, SEResNet]:
+def prepare(config: Config) -> tuple[Config, Data, SEResNet]:
     """Check and open all that a training needs, before anything is written or trained.
 
+    Returns the config with the data's own figures where `model.classes` or `model.image_size` are 0, the data, the net.
     Raises UserError with the problems of betons, net and split together.
     """
     problems: list[str] = []
-    betons = {}
+    betons: dict[str, Beton] = {}
     for name in ("train", "test") if config.evaluate.split == "test" else ("train",):
+        wanted = config.model if "train" not in betons else _fitted(config, betons["train"]).model
         try:
-            betons[name] = open_beton(getattr(config.beton, name), classes=config.model.classes,
-                                      image_size=config.model.image_size)
+            betons[name] = open_beton(getattr(config.beton, name), classes=wanted.classes or None,
+                                      image_size=wanted.image_size or None)
         except runtime.UserError as error:
             problems += error.problems
-    try:
-        model = build_model(config)
-    except ValueError as error:
-        problems += [f"model.{line}" for line in str(error).splitlines()]
+    if "train" in betons:
+        config = _fitted(config, betons["train"])
+    model = None
+    if config.model.classes and config.model.image_size:
+        try:
+            model = build_model(config)
+        except ValueError as error:
+            problems += [f"model.{line}" for line in str(error).splitlines()]
     if "train" in betons and config.evaluate.split == "holdout" and config.evaluate.holdout_size >= betons["train"].samples:
         problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the "
                         f"{betons['train'].samples} images of {config.beton.train}")
     if problems:
         raise runtime.UserError(*problems)
     if config.evaluate.split == "test":
-        return Data(betons["train"], betons["test"]), model
+        return config, Data(betons["train"], betons["test"]), model
     kept, held = holdout_split(betons["train"].labels, config.evaluate.holdout_size)
-    return Data(betons["train"], betons["train"], kept, held), model
+    return config, Data(betons["train"], betons["train"], kept, held), model
+
+
+def _fitted(config: Config, train: Beton) -> Config:
+    """`config` with the classes and the image size of `train` where it leaves them open."""
+    if train.height != train.width:
+        raise runtime.UserError(f"{train.path}: has images of {train.width} x {train.height} pixels, expected squares: write it "
+                                "again with --sources.image_size")
+    return replace(config, model=replace(config.model, classes=config.model.classes or len(train.classes),
+                                         image_size=config.model.image_size or train.height))
 
 
 def build_model(config: Config) -> SEResNet:
@@ -188,9 +203,8 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
     """The first `count` training images, normalised: float32 (count, 3, H, W) on the device."""
-    images = read_images(data.train)
-    chosen = images[:count] if data.train_indices is None else images[data.train_indices[:count]]
-    batch = torch.from_numpy(np.ascontiguousarray(chosen)).to(device).permute(0, 3, 1, 2)
+    chosen = np.arange(data.train.samples) if data.train_indices is None else data.train_indices
+    batch = torch.from_numpy(read_images(data.train, chosen[:count])).to(device).permute(0, 3, 1, 2)
     return normalise(batch, data.train.mean, data.train.std, torch.float32)
 
 
@@ -206,7 +220,9 @@ def fit(config: Config, command: Sequence[str]) -> dict:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.backends.cudnn.benchmark = True    # shapes are the same in every step
-    data, model = prepare(config)
+    if config.report.tensorboard:
+        report.require_tensorboard()
+    config, data, model = prepare(config)
     folder, state = open_resumed(config, data)
     if state is not None:
         config = replace(config, recipe=state["recipe"])
@@ -221,6 +237,8 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                                               session.generator)
             folder.rewind(state["records"])
             folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
+        if config.report.tensorboard:
+            folder.open_tensorboard()
         with closing(folder):
             report.print_summary(config.as_dict(), facts(session), folder.path)
             return run_epochs(session, folder, state)

@@ -1,4 +1,6 @@
-"""The run folder (config, environment, log, report, curves) and all that a training prints.
+"""The run folder (config, environment, log, report, curves), all that a program prints, and runs side by side:
+
+python -m seresnet.report runs/* [--csv FILE] [--picture FILE]
 
     config.yaml        the resolved config: `--config-file` takes it again
     environment.json   command, commit, versions, machine, seed
@@ -6,16 +8,20 @@
     report.json        the outcome
     curves.png         loss, accuracy and learning rate over the epochs
     last.pt, best.pt, weights.pt    written by checkpoint.py
+    events.out.tfevents...          with report.tensorboard
 """
 from __future__ import annotations
 
+import argparse
+import csv
 import glob
+import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -23,6 +29,7 @@ from typing import IO, TypeVar
 import yaml
 
 from seresnet import runtime
+from seresnet.pictures import draw_curves, draw_runs
 from seresnet.runtime import UserError
 
 T = TypeVar("T")
@@ -35,6 +42,12 @@ class RunFolder:
     path: Path
     log_file: IO[str]    # open and locked: no other process trains into this folder meanwhile
     records: list[dict] = field(default_factory=list)
+    writers: list = field(default_factory=list)    # of TensorBoard
+
+    def open_tensorboard(self) -> None:
+        """From now on, `log` also writes TensorBoard events into the folder."""
+        from torch.utils.tensorboard import SummaryWriter
+        self.writers.append(SummaryWriter(str(self.path)))
 
     def write_start(self, config: Mapping, environment: Mapping) -> None:
         """Write config.yaml and environment.json."""
@@ -55,6 +68,11 @@ class RunFolder:
         self.log_file.write(_json(record) + "\n")
         self.log_file.flush()
         os.fsync(self.log_file.fileno())
+        for writer in self.writers:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, record["epoch"])
+            writer.flush()
 
     def rewind(self, records: Iterable[Mapping]) -> None:
         """Make log.jsonl hold `records` and nothing else: what was logged after the checkpoint will be trained again."""
@@ -66,6 +84,8 @@ class RunFolder:
     def close(self) -> None:
         """Leave the folder to others."""
         self.log_file.close()
+        for writer in self.writers:
+            writer.close()
 
     def write_report(self, outcome: Mapping, curves: bool) -> None:
         """Write report.json, and curves.png where asked for."""
@@ -107,6 +127,14 @@ def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") 
     raise UserError(f"report.folder: {path} and 998 names like it are taken: choose another place")
 
 
+def require_tensorboard() -> None:
+    """Raise UserError where TensorBoard events cannot be written."""
+    try:
+        import torch.utils.tensorboard
+    except ImportError as error:
+        raise UserError("report.tensorboard: tensorboard is not installed: pip install tensorboard, or leave it false") from error
+
+
 def open_run_folder(path: Path) -> RunFolder:
     """The run folder at `path`, to write into. Raises UserError where another process does, or it cannot be written."""
     try:
@@ -129,62 +157,18 @@ def unfinished_run_folders(base: Path | str, recipe: str, explicit: Path | str =
         return []
 
 
+def strict(value: object) -> object:
+    """`value` as strict JSON knows it: numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _json(content: Mapping, indent: int | None = None) -> str:
     """Strict JSON: what is not finite becomes null, which every reader understands."""
-    def strict(value):
-        if isinstance(value, Mapping):
-            return {str(k): strict(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(v) for v in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
     return json.dumps(strict(content), indent=indent, allow_nan=False)
-
-
-# -- curves -------------------------------------------------------------------------------------------------------------
-
-def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
-    """One figure of three plots over the epochs: loss, accuracy, learning rate; train and evaluation split."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg    # no pyplot: it wants a display, and keeps every figure
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-    figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    split, epochs = outcome["split"], [r["epoch"] for r in records]
-    marker = "o" if len(epochs) <= 40 else None
-    train = dict(color="#4477aa", label="train (augmented)", marker=marker, markersize=3.5)
-    test = dict(color="#cc3311", label=split, marker=marker, markersize=3.5)
-
-    def line(axes, key, scale=1.0, **style):
-        points = [(r["epoch"], r[key] * scale) for r in records if r[key] is not None]
-        axes.plot([x for x, _ in points], [y for _, y in points], **style)
-
-    loss, accuracy, rate = figure.subplots(1, 3)
-    line(loss, "train_loss", **train)
-    line(loss, "test_loss", **test)
-    loss.set_ylabel("loss, label-smoothed where training is (nats)")
-    line(accuracy, "train_accuracy", **train)
-    line(accuracy, "test_accuracy", **test)
-    best = outcome["accuracy_tta"]
-    accuracy.axhline(best, color="#cc3311", linewidth=0.8, linestyle="--",
-                     label=f"final, TTA {outcome['tta']}: {best:.2%}")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    accuracy.set_ylabel("accuracy")
-    line(rate, "learning_rate", color="#228833", marker=marker, markersize=3.5)
-    rate.set_ylabel("learning rate at the epoch's end")
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    for axes in (loss, accuracy):
-        axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{outcome['recipe']}, seed {outcome['seed']}: {outcome['parameters']:,} parameters, "
-                    f"{outcome['train_seconds']:.0f} s of training", fontsize=10)
-    figure.savefig(path)
 
 
 # -- console ------------------------------------------------------------------------------------------------------------
@@ -222,6 +206,53 @@ def print_outcome(outcome: Mapping, folder: Path) -> None:
           f"({outcome['correct_tta']} of {outcome['evaluated']} {outcome['split']} images); training "
           f"{outcome['train_seconds']:.1f} s, evaluation {outcome['eval_seconds']:.1f} s, in all "
           f"{outcome['total_seconds']:.1f} s; {folder}", flush=True)
+
+
+def say(text: str) -> None:
+    """A line, or several, for the user."""
+    print(text, flush=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned for readers of the plain text; the first to the left, the others to the right."""
+    rows = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+             for row in rows]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise UserError, before any work is done, where no file can be written at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: create it, or name another place")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written (Permission denied): name another place")
+
+
+def create_folder(path: Path) -> None:
+    """Make sure that there is a folder `path`. Raises UserError where there cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be created ({error.strerror}): name another place with --out") from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a file so that it is the old one or the new one, whole. Raises UserError where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free space there, or name another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Iterator[T]:
@@ -274,3 +305,67 @@ def seconds_since_process_start() -> float:
 
 
 _IMPORTED = time.perf_counter()
+
+
+# -- runs side by side --------------------------------------------------------------------------------------------------
+
+COLUMNS = {    # of the table: title -> text from report.json
+    "recipe": lambda r: r["recipe"], "seed": lambda r: str(r["seed"]), "epochs": lambda r: str(r["epochs"]),
+    "parameters": lambda r: f"{r['parameters']:,}", "split": lambda r: r["split"],
+    "accuracy": lambda r: f"{r['accuracy']:.2%}", "with TTA": lambda r: f"{r['accuracy_tta']:.2%}",
+    "training, s": lambda r: f"{r['train_seconds']:.1f}", "evaluation, s": lambda r: f"{r['eval_seconds']:.1f}",
+    "images/s": lambda r: f"{r['images_per_second']:,.0f}", "device": lambda r: r["run_device"]}
+
+
+def read_runs(folders: Sequence[Path | str]) -> list[dict]:
+    """`label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
+
+    Raises UserError where none is one, or a file of one is damaged.
+    """
+    runs = []
+    for folder in map(Path, folders):
+        if not (folder / "log.jsonl").is_file():
+            continue
+        try:
+            text = (folder / "log.jsonl").read_text(encoding="utf-8")
+            records = [json.loads(line) for line in text.splitlines()]
+            done = (folder / "report.json").is_file()
+            outcome = json.loads((folder / "report.json").read_text(encoding="utf-8")) if done else None
+            for row in [] if outcome is None else [outcome]:
+                [column(row) for column in COLUMNS.values()]
+            [(r["epoch"], r["test_accuracy"]) for r in records]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
+                            "out") from error
+        runs.append({"label": folder.name, "records": records, "outcome": outcome})
+    if not runs:
+        raise UserError(f"no run folder among {', '.join(map(str, folders)) or 'nothing'} (looked in {Path.cwd()}): name folders "
+                        "with a log.jsonl")
+    return runs
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m seresnet.report", description="Lay runs side by side: a table and a picture.")
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders; what is none is passed over")
+    parser.add_argument("--csv", metavar="FILE", help="write the table there as CSV, too")
+    parser.add_argument("--picture", metavar="FILE", help="draw curves, and accuracy against time, there (PNG)")
+    options = parser.parse_args(sys.argv[1:])
+    for path in filter(None, (options.csv, options.picture)):
+        check_writable(path)
+    runs = read_runs(options.folders)
+    ended = [(run["label"], *(column(run["outcome"]) for column in COLUMNS.values())) for run in runs if run["outcome"]]
+    open_rows = [(run["label"], *[""] * (len(COLUMNS) - 1), f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
+    header = ("run", *COLUMNS)
+    say(table(header, [*ended, *open_rows]))
+    if options.csv:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *ended])
+        write_text(options.csv, text.getvalue())
+    if options.picture:
+        draw_runs(runs, Path(options.picture))
+        say(f"picture: {options.picture}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

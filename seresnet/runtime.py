@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import signal
@@ -256,8 +257,11 @@ def sync(path: Path) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on `device` now; of the machine's memory where the device has none of its own."""
     import torch
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_of_machine()
+
+
+def free_memory_of_machine() -> int:
+    """Bytes of main memory that could be allocated now."""
     try:    # /proc/meminfo counts the page cache that would make room; sysconf does not
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -267,6 +271,18 @@ def free_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 << 30
+
+
+def has_ffcv() -> bool:
+    """Whether FFCV is installed. Betons are written, and read into memory, without it; `stream` needs it."""
+    return is_installed("ffcv")
+
+
+def is_installed(package: str) -> bool:
+    """Whether `import package` would find something; nothing is imported."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,12 +11,13 @@ PACKAGE = sorted(p.stem for p in (ROOT / "seresnet").glob("*.py") if p.stem != "
 ENTRIES = ("write_datasets.py", "ffcv_train.py")
 
 # Lower layers never import higher ones; modules of one layer do not import each other (but for those named).
-LAYERS = [{"runtime", "clock"}, {"config", "sources", "augment", "model", "loss", "optim"}, {"beton"},
-          {"loader", "checkpoint", "report", "evaluate"}, {"loop"}]
-TORCH_ONLY = {"augment", "model", "loss", "optim", "clock"}    # stages: torch and the standard library, plain arguments
-DOORS = {"fastargs": {"config"}, "ffcv": {"beton", "loader", "runtime"}, "torchvision": {"runtime", "sources"},
-         "matplotlib": {"report"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"}}
-STAGES_USED_BY_EVALUATE = {"augment", "loss"}
+LAYERS = [{"runtime", "clock"}, {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift"}, {"cifar"},
+          {"sources"}, {"beton"}, {"loader", "checkpoint", "pictures", "inputs"}, {"report", "trained"},
+          {"evaluate", "predict", "export", "doctor"}, {"loop"}, {"preview"}]
+TORCH_ONLY = {"augment", "model", "loss", "optim", "clock", "tta"}    # stages: torch and the standard library, plain arguments
+DOORS = {"fastargs": {"config"}, "ffcv": {"loader", "runtime"}, "torchvision": {"runtime", "cifar"}, "pyarrow": {"sources"},
+         "matplotlib": {"pictures"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"},
+         "onnxruntime": {"export"}}
 
 
 def imports(path):

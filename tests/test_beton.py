@@ -12,7 +12,8 @@ import pytest
 
 from seresnet import beton
 from seresnet.beton import BetonError, is_current, open_beton, read_images, sidecar_path, write_beton
-from seresnet.sources import Split, find_source
+from seresnet.imageset import Split
+from seresnet.sources import find_source
 
 CLASSES = ("a", "b", "c")
 PARTS = (0, 2, 4, 8, 16, 24, 24 + 1041, 24 + 2 * 1041)    # where header entries, descriptors and metadata start
@@ -50,6 +51,60 @@ def test_ffcvs_own_reader_finds_the_same(tmp_path, make_split):
     for i in (0, 250, 499):
         start = int(reader.metadata["f0"]["data_ptr"][i])
         assert np.array_equal(content[start:start + 16 * 16 * 3], split.images[i].ravel())
+
+
+def ffcv_writes(path, images, labels, page_size=8 << 20):
+    """The file that FFCV's own writer makes, in one worker process (several would write pages in a random order)."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    writer = DatasetWriter(str(path), {"image": RGBImageField(write_mode="raw"), "label": IntField()}, page_size=page_size,
+                           num_workers=1)
+    writer.from_indexed_dataset(list(zip(images, labels.tolist())))
+
+
+@pytest.mark.parametrize("count, side", [(7, 5), (3000, 32), (2731, 32), (30, 1000)])    # part of a page, two, a full one, many
+def test_the_bytes_are_those_of_ffcvs_own_writer(tmp_path, make_split, count, side):
+    split = make_split(count, side)
+    written = write(tmp_path / "ours.beton", split)
+    ffcv_writes(tmp_path / "ffcv.beton", split.images, split.labels)
+    assert written.path.read_bytes() == (tmp_path / "ffcv.beton").read_bytes()
+
+
+def smooth_split(count=40, side=24):
+    """Images that JPEG does not hurt much."""
+    place, rng = np.linspace(0, 1, side), np.random.default_rng(0)
+    tilt = rng.uniform(-100, 100, (2, count, 1, 1, 3))
+    images = 127 + tilt[0] * (place[:, None, None] - 0.5) + tilt[1] * (place[None, :, None] - 0.5)
+    return Split(np.rint(images).astype(np.uint8), np.arange(count) % 3)
+
+
+def test_jpeg_storage_takes_less_room_and_loses_little(tmp_path):
+    split = smooth_split()
+    raw, small = write(tmp_path / "raw.beton", split), write(tmp_path / "jpeg.beton", split, storage="jpeg", jpeg_quality=90)
+    assert (raw.storage, small.storage) == ("raw", "jpeg")
+    layout = [sum(beton._read_layout(b.path)[0].sizes) for b in (raw, small)]
+    assert layout[1] < 0.7 * layout[0]
+    read = read_images(small).astype(int)
+    assert 0 < np.abs(read - split.images).max() < 20 and np.abs(read - split.images).mean() < 2
+    assert np.allclose(small.mean, read.mean((0, 1, 2)))
+    assert np.array_equal(read_images(small, np.array([7, 3])), read[[7, 3]]) and small.labels.tolist() == split.labels.tolist()
+    open_beton(small.path, verify="full")
+
+
+def test_ffcv_reads_a_jpeg_beton(tmp_path):
+    import torch
+    from seresnet.loader import BatchLoader
+    written = write(tmp_path / "x.beton", smooth_split(), storage="jpeg")
+    with BatchLoader(written, batch_size=16, device=torch.device("cpu"), mode="stream", shuffle=False) as loader:
+        images = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy().copy() for batch in loader.epoch(0)])
+    difference = np.abs(images.astype(int) - read_images(written))    # FFCV asks for the fast transform
+    assert difference.max() <= 4 and difference.mean() < 1.5
+
+
+def test_chosen_samples_are_read_in_the_order_asked_for(tmp_path, make_split):
+    split = make_split(3000, 32)
+    chosen = np.random.default_rng(0).permutation(3000)[:500]
+    assert np.array_equal(read_images(write(tmp_path / "x.beton", split), chosen), split.images[chosen])
 
 
 def test_images_that_are_not_square_and_not_contiguous(tmp_path):
@@ -230,8 +285,8 @@ def test_a_failure_while_writing_leaves_the_old_file(good, make_split, monkeypat
 def test_pixels_that_do_not_read_back_are_noticed(good, make_split, monkeypatch):
     before, whole = good.read_bytes(), beton._write_samples
 
-    def damages(path, images, labels, progress):
-        whole(path, images ^ np.uint8(images[0, 0, 0, 0] == images[0, 0, 0, 0]), labels, progress)
+    def damages(path, contents, *others):
+        whole(path, contents ^ np.uint8(1), *others)
     monkeypatch.setattr(beton, "_write_samples", damages)
     with pytest.raises(BetonError, match="does not read back"):
         write(good, make_split(seed=9))
@@ -264,7 +319,7 @@ def test_unwritable_places_are_named(tmp_path, make_split):
 KILLED = """
 import sys, numpy as np
 from seresnet.beton import write_beton
-from seresnet.sources import Split
+from seresnet.imageset import Split
 print("ready", flush=True)
 while True:
     for seed in (1, 2):

@@ -1,13 +1,17 @@
 """evaluate: views are averaged before the decision, every sample counts once, against one-by-one arithmetic."""
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from conftest import COLOURS, run_module
 from seresnet import config
 from seresnet.augment import normalise
-from seresnet.evaluate import VIEWS, evaluate
+from seresnet.evaluate import evaluate, measure
+from seresnet.tta import VIEWS
 
 MEAN, STD = (120.0, 121.0, 122.0), (60.0, 61.0, 62.0)
 CPU = torch.device("cpu")
@@ -86,3 +90,57 @@ def test_the_mode_is_put_back_after_an_error():
     with pytest.raises(RuntimeError):
         run(net, torch.zeros(2, 3, 5, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 2, "none")
     assert net.training
+
+
+# -- a trained net on a labelled set ------------------------------------------------------------------------------------
+
+def test_measures_are_those_of_scikit_learn():
+    from sklearn import metrics
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet([0.5] * 4, 500), rng.integers(0, 4, 500)
+    found, predicted = measure(probabilities, labels), probabilities.argmax(1)
+    assert found["accuracy"] == metrics.accuracy_score(labels, predicted)
+    assert found["loss"] == pytest.approx(metrics.log_loss(labels, probabilities))
+    assert np.array_equal(found["confusion"], metrics.confusion_matrix(labels, predicted))
+    assert np.allclose(found["recall"], metrics.recall_score(labels, predicted, average=None))
+    assert np.allclose(found["precision"], metrics.precision_score(labels, predicted, average=None))
+
+
+def test_calibration_error_against_arithmetic():
+    # Ten predictions at 0.75 of which 6 are right, ten at 0.95 of which all are.
+    probabilities = np.array([[0.75, 0.25]] * 10 + [[0.95, 0.05]] * 10)
+    labels = np.array([0] * 6 + [1] * 4 + [0] * 10)
+    assert measure(probabilities, labels)["calibration_error"] == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
+
+
+def test_a_class_without_samples_has_no_recall():
+    found = measure(np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), np.array([0, 1]))
+    assert np.isnan(found["recall"][2]) and np.isnan(found["precision"][2])
+
+
+def test_the_program_tells_what_a_net_does(run, tmp_path):
+    folder, test, outcome = run
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--shift",
+                                        "--out", "told")
+    assert status == 0, errors
+    assert f"accuracy {outcome['accuracy_tta']:.2%}" in output and "emu, tall" in output and "| noise" in output
+    told = json.loads((tmp_path / "told/evaluation.json").read_text())
+    assert told["accuracy"] == outcome["accuracy_tta"] and np.array(told["confusion"]).sum() == 60
+    assert set(told["shift"]) == {"noise", "blur", "brightness", "contrast", "jpeg", "pixelation"}
+    assert {path.name for path in (tmp_path / "told").iterdir()} >= {"evaluation.json", "confusion.png", "shift.png"}
+
+
+def test_a_folder_of_images_will_do(run, tmp_path):
+    from PIL import Image
+    folder, test, outcome = run
+    for split in ("train", "test"):
+        for label, name in enumerate(COLOURS):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in np.flatnonzero(test.labels == label):
+                Image.fromarray(test.images[i]).save(tmp_path / "set" / split / name / f"{i}.png")
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "told")
+    assert status == 0 and f"accuracy {outcome['accuracy_tta']:.2%}" in output, errors
+    (tmp_path / "set/train/cat").rename(tmp_path / "set/train/rat")
+    (tmp_path / "set/test/cat").rename(tmp_path / "set/test/rat")
+    status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "again")
+    assert status == 2 and "they differ in ['cat', 'rat']" in errors and not (tmp_path / "again").exists()

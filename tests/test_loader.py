@@ -267,3 +267,35 @@ def test_ffcvs_errors_name_the_file(noise, monkeypatch):
 def test_words_of_the_config_are_those_of_the_module():
     from seresnet import config
     assert config.Loader.__dataclass_fields__["mode"].metadata["limits"]["one_of"] == ("auto", *MODES)
+
+
+# -- without FFCV -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def without_ffcv(monkeypatch):
+    monkeypatch.setattr("seresnet.runtime.has_ffcv", lambda: False)
+    monkeypatch.setattr("seresnet.runtime.import_ffcv", lambda: pytest.fail("FFCV was imported"))
+
+
+def test_without_ffcv_the_same_batches_come_from_memory(tmp_path, make_split, request):
+    written = write_beton(tmp_path / "x.beton", make_split(100, 8), classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
+    how = dict(batch_size=16, device=torch.device("cpu"), seed=3, indices=np.arange(10, 90))
+    with BatchLoader(written, mode="resident", **how) as loader:
+        expected = [[part.clone() for part in batch] for batch in loader.epoch(2)]
+    request.getfixturevalue("without_ffcv")
+    with BatchLoader(written, **how) as loader:
+        assert loader.mode == "resident"
+        found = [[part.clone() for part in batch] for batch in loader.epoch(2)]
+    assert len(found) == 5 and all(torch.equal(a, b) for x, y in zip(expected, found) for a, b in zip(x, y))
+
+
+def test_without_ffcv_streaming_is_refused_with_the_way_out(tmp_path, make_split, without_ffcv, monkeypatch):
+    written = write_beton(tmp_path / "x.beton", make_split(100, 8), classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
+    how = dict(batch_size=16, device=torch.device("cpu"))
+    with pytest.raises(LoaderError, match="loader.mode: stream.*install FFCV"):
+        BatchLoader(written, mode="stream", **how)
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: 30_000)
+    assert BatchLoader(written, **how).mode == "resident", "more than a quarter of the memory, but it fits"
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: 10_000)
+    with pytest.raises(LoaderError, match="kept in memory: install FFCV"):
+        BatchLoader(written, **how)

@@ -11,7 +11,7 @@ from seresnet import checkpoint, loop, report
 from seresnet.beton import write_beton
 from seresnet.config import build
 from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
-from seresnet.sources import Split
+from seresnet.imageset import Split
 
 CLASSES = ("dark", "top", "bottom")
 SMALL = {"loader.batch_size": 16, "model.blocks": [1, 1], "model.channels": [8], "model.classes": 3,
@@ -96,7 +96,7 @@ def test_the_saved_weights_are_the_evaluated_ones(betons, tmp_path):
     config = build(saved["config"])
     model = loop.build_model(config)
     model.load_state_dict(saved["model"])
-    data, _ = loop.prepare(config)
+    _, data, _ = loop.prepare(config)
     with loop.open_session(config, torch.device("cpu"), data, model) as session:
         again = session.evaluate("flip")
     assert again.plain.correct == outcome["correct"] and again.tta.correct == outcome["correct_tta"]
@@ -105,7 +105,7 @@ def test_the_saved_weights_are_the_evaluated_ones(betons, tmp_path):
 
 def test_whitening_is_set_from_training_images_and_never_trained(betons, tmp_path):
     config = build({**SMALL, **betons, "model.stem": "whiten"})
-    data, model = loop.prepare(config)
+    _, data, model = loop.prepare(config)
     with loop.open_session(config, torch.device("cpu"), data, model) as session:
         before = session.model.stem[0].weight.clone()
         want = torch.from_numpy(stripes(150, 0).images).permute(0, 3, 1, 2)
@@ -121,7 +121,7 @@ def test_the_holdout_is_evaluated_and_not_trained_on(betons, tmp_path):
     outcome = train(betons, tmp_path, evaluate__split="holdout", evaluate__holdout_size=30, beton__test="does/not/exist")
     assert outcome["evaluated"] == 30 and outcome["split"] == "holdout"
     config = build({**SMALL, **betons, "evaluate.split": "holdout", "evaluate.holdout_size": 30})
-    data, model = loop.prepare(config)
+    _, data, model = loop.prepare(config)
     with loop.open_session(config, torch.device("cpu"), data, model) as session:
         trained = {int(i) for batch in session.train_batches.epoch(0) for i in batch.indices}
         held = {int(i) for batch in session.test_batches.epoch(0) for i in batch.indices}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from seresnet import report
+from seresnet import pictures, report
 from seresnet.runtime import UserError
 
 RECORDS = [{"epoch": i, "steps": 10 * i, "learning_rate": 0.1 / i, "train_loss": 2.0 / i, "train_accuracy": 1 - 0.5 / i,
@@ -73,7 +73,7 @@ def test_curves_are_drawn_with_labels_and_units(tmp_path, monkeypatch, epochs):
             seen[axes.get_ylabel()] = (axes.get_xlabel(), {line.get_label(): line.get_xydata() for line in axes.get_lines()})
         return whole(figure, *arguments, **named)
     monkeypatch.setattr(Figure, "savefig", save)
-    report.draw_curves(RECORDS[:epochs], OUTCOME, tmp_path / "curves.png")
+    pictures.draw_curves(RECORDS[:epochs], OUTCOME, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] >= 1200
     assert len(seen) == 3 and all(x == "epoch" for x, _ in seen.values())
     lines = seen["accuracy"][1]
@@ -122,3 +122,42 @@ def test_the_process_clock_runs_from_its_start():
     started = time.perf_counter()
     seconds = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.45 < seconds <= time.perf_counter() - started + 0.1
+
+
+# -- runs side by side --------------------------------------------------------------------------------------------------
+
+def test_runs_side_by_side(run, tmp_path):
+    from conftest import run_module
+    folder, _, outcome = run
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/first").symlink_to(folder)
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/unfinished").mkdir()
+    (tmp_path / "runs/unfinished/log.jsonl").write_text((folder / "log.jsonl").read_text().splitlines()[0] + "\n")
+    status, output, errors = run_module("report", tmp_path, "runs/first", "runs/notes", "runs/unfinished", "--csv", "t.csv", "--picture", "p.png")
+    assert status == 0, errors
+    lines = output.splitlines()
+    assert lines[0].startswith("| run ") and set(lines[1]) <= set("|-:") and len({len(line) for line in lines[:4]}) == 1
+    assert f"{outcome['accuracy_tta']:.2%}" in lines[2] and "1 epochs so far" in lines[3]
+    assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("first,default,0,3,")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width > 1200
+    status, _, errors = run_module("report", tmp_path, "runs/notes")
+    assert status == 2 and "no run folder among runs/notes" in errors
+    (tmp_path / "runs/unfinished/log.jsonl").write_text("{")
+    status, _, errors = run_module("report", tmp_path, "runs/unfinished")
+    assert status == 2 and "is damaged" in errors and "Traceback" not in errors
+
+
+def test_tensorboard_events_are_those_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = report.create_run_folder(tmp_path, "x")
+    folder.open_tensorboard()
+    for record in RECORDS[:3]:
+        folder.log(record)
+    folder.close()
+    events = EventAccumulator(str(folder.path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("train_loss")] == pytest.approx([r["train_loss"] for r in RECORDS[:3]])
+    assert [e.step for e in events.Scalars("train_loss")] == [r["epoch"] for r in RECORDS[:3]]

@@ -1,10 +1,13 @@
 """sources: every layout gives the same images, whatever is not what it claims to be is refused, nothing is executed."""
+import dataclasses
 import functools
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
+import re
 import tarfile
 import threading
 
@@ -12,8 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seresnet import sources
-from seresnet.sources import CIFAR10_CLASSES, DownloadError, SourceError, Split, find_source
+from seresnet import cifar as official
+from seresnet import files, imageset, sources
+from seresnet.cifar import DownloadError
+from seresnet.files import SourceError
+from seresnet.imageset import ImageSet, Split
+from seresnet.sources import find_source
+
+CIFAR10 = official.SETS["cifar10"]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +38,17 @@ def cifar(tmp_path_factory):
 @pytest.fixture
 def counts_as_cifar(cifar, monkeypatch):
     """Let the stand-in's own channel statistics pass as CIFAR-10's."""
-    figures = {name: sources.channel_statistics(cifar[0][part])
+    figures = {name: imageset.channel_statistics(cifar[0][part])
                for name, part in (("train", slice(0, 50000)), ("test", slice(50000, 60000)))}
-    monkeypatch.setattr(sources, "CIFAR10_MEANS", {name: mean for name, (mean, _) in figures.items()})
-    monkeypatch.setattr(sources, "CIFAR10_STDS", {name: std for name, (_, std) in figures.items()})
+    for name in official.SETS:
+        monkeypatch.setitem(official.SETS, name, dataclasses.replace(
+            official.SETS[name], means={name: mean for name, (mean, _) in figures.items()},
+            stds={name: std for name, (_, std) in figures.items()}))
 
 
 def batch_rows(cifar):
     images, labels = cifar
-    for i, name in enumerate([*sources.CIFAR10_TRAIN_BATCHES, *sources.CIFAR10_TEST_BATCHES]):
+    for i, name in enumerate([*CIFAR10.train, *CIFAR10.test]):
         part = slice(10000 * i, 10000 * (i + 1))
         yield name, images[part].transpose(0, 3, 1, 2).reshape(10000, 3072), labels[part]
 
@@ -78,7 +89,7 @@ def test_every_official_layout_is_recognised_and_gives_the_same_images(layouts, 
     assert source.kind == kind
     read = source.read()
     images, labels = cifar
-    assert read.name == "cifar10" and read.classes == CIFAR10_CLASSES
+    assert read.name == "cifar10" and read.classes == CIFAR10.classes["fine"]
     for split, part in ((read.train, slice(0, 50000)), (read.test, slice(50000, 60000))):
         assert np.array_equal(split.images, images[part]) and np.array_equal(split.labels, labels[part])
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int64
@@ -92,13 +103,13 @@ def test_python_3_pickles_read_too(cifar, tmp_path, counts_as_cifar):
 def test_real_cifar10_meets_its_published_figures(cifar10_dir):
     read = find_source(cifar10_dir).read()
     assert read.train.images.shape == (50000, 32, 32, 3) and read.test.images.shape == (10000, 32, 32, 3)
-    mean, std = sources.channel_statistics(read.train.images)
+    mean, std = imageset.channel_statistics(read.train.images)
     assert np.allclose(mean, (125.31, 122.95, 113.87), atol=0.01) and np.allclose(std, (62.99, 62.09, 66.70), atol=0.01)
 
 
 def test_statistics_are_those_of_numpy():
     images = np.random.default_rng(0).integers(0, 256, (5000, 4, 5, 3), dtype=np.uint8)
-    mean, std = sources.channel_statistics(images)
+    mean, std = imageset.channel_statistics(images)
     assert np.allclose(mean, images.astype(float).mean((0, 1, 2)), atol=1e-9)
     assert np.allclose(std, images.astype(float).std((0, 1, 2)), atol=1e-9)
 
@@ -113,7 +124,7 @@ def test_other_images_in_the_official_layout_are_refused(layouts):
 def test_other_counts_are_refused(cifar, tmp_path, counts_as_cifar):
     images, labels = cifar
     write_binary(tmp_path / "cifar-10-batches-bin", (images, np.where(np.arange(60000) == 7, (labels + 1) % 10, labels)))
-    with pytest.raises(SourceError, match="train has .* images a class, CIFAR-10 has 5000"):
+    with pytest.raises(SourceError, match="train has .* images of class .*, CIFAR-10 has 5000"):
         find_source(tmp_path).read()
 
 
@@ -170,13 +181,13 @@ class Payload:
 def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path, payload, protocol):
     created = tmp_path / "created"
     with pytest.raises(SourceError, match="do not trust this file"):
-        sources.load_pickle(io.BytesIO(pickle.dumps(payload(created), protocol)), "batch")
+        files.load_pickle(io.BytesIO(pickle.dumps(payload(created), protocol)), "batch")
     assert not created.exists() and not created.with_suffix(".npy").exists()
 
 
 def test_arrays_of_objects_are_refused():
     with pytest.raises(SourceError, match="do not trust"):
-        sources.load_pickle(io.BytesIO(pickle.dumps(np.array([{}, []], dtype=object))), "batch")
+        files.load_pickle(io.BytesIO(pickle.dumps(np.array([{}, []], dtype=object))), "batch")
 
 
 def archive_with(tmp_path, *members):
@@ -209,7 +220,7 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path, bad):
 
 def test_archives_without_the_batches_or_cut_off_are_refused(layouts, tmp_path):
     archive_with(tmp_path, (member("cifar-10-batches-py/readme.html"), b"hello"))
-    with pytest.raises(SourceError, match="does not hold the six batches"):
+    with pytest.raises(SourceError, match="does not hold the batches of"):
         find_source(tmp_path).read()
     whole = (layouts / "tar" / "cifar-10-python.tar.gz").read_bytes()
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(whole[:len(whole) // 2])
@@ -221,7 +232,7 @@ def test_archives_without_the_batches_or_cut_off_are_refused(layouts, tmp_path):
 
 
 def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_BATCH_FILE", 10)
+    monkeypatch.setattr(official, "LARGEST_BATCH_FILE", 10)
     archive_with(tmp_path, (member("cifar-10-batches-py/data_batch_1"), b"x" * 11))
     with pytest.raises(SourceError, match="has 11 bytes"):
         find_source(tmp_path).read()
@@ -269,7 +280,7 @@ def test_grey_and_jpeg_files_become_rgb(tree):
     (lambda t: (t / "train/dog/001.png").write_bytes((t / "train/dog/000.png").read_bytes()[:60]), "no readable PNG"),
     (lambda t: Image.new("RGBA", (6, 5), (1, 2, 3, 4)).save(t / "test/cat/000.png"), "partly transparent"),
     (lambda t: Image.new("I;16", (6, 5)).save(t / "test/cat/000.png"), "pixel format I;16"),
-    (lambda t: Image.new("L", (5000, 1)).save(t / "test/cat/000.png"), "5000 x 1 pixels, expected at most 4096"),
+    (lambda t: Image.new("1", (20000, 5000)).save(t / "test/cat/000.png"), "20000 x 5000 pixels, expected 67,108,864 in all"),
     (lambda t: (t / "train/fox").mkdir(), "only in one of them: fox"),
     (lambda t: [(t / s / "fox").mkdir() for s in ("train", "test")], "files in train/fox, test/fox")])
 def test_a_bad_tree_is_refused_with_the_file_named(tree, change, message):
@@ -326,7 +337,7 @@ def test_digits_are_sklearns_with_every_class_in_both_splits():
 
 
 def test_a_failed_download_says_how_to_supply_the_data_and_leaves_nothing(tmp_path, monkeypatch):
-    dataset = sources._torchvision_cifar10()
+    dataset = official.torchvision_cifar10()
     monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")    # nobody listens there
     with pytest.raises(DownloadError, match="could not be downloaded.*cifar-10-batches-bin") as caught:
         find_source(tmp_path / "data", "download").read()
@@ -339,7 +350,7 @@ def test_a_download_is_verified_and_read(layouts, cifar, tmp_path, monkeypatch, 
     handler.log_message = lambda *_: None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    dataset = sources._torchvision_cifar10()
+    dataset = official.torchvision_cifar10()
     monkeypatch.setattr(dataset, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
     with pytest.raises(DownloadError, match="could not be downloaded"):    # the MD5 is not the official one
         find_source(tmp_path, "download").read()
@@ -363,6 +374,215 @@ def test_a_download_is_verified_and_read(layouts, cifar, tmp_path, monkeypatch, 
     (dict(images=np.zeros((2, 4, 5, 3), np.uint8)), "bring all to one size")])
 def test_every_sample_is_validated(change, message):
     good = dict(images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([0, 1]))
-    whole = sources.ImageSet("x", "here", ("a", "b"), Split(**{**good, **change}), Split(**good))
+    whole = ImageSet("x", "here", ("a", "b"), Split(**{**good, **change}), Split(**good))
+    assert re.search(message, "\n".join(imageset.problems_of(whole)))
+    assert list(imageset.problems_of(ImageSet("x", "here", ("a", "b"), Split(**good), Split(**good)))) == []
+
+
+# -- CIFAR-100 ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def cifar100(cifar, tmp_path_factory):
+    """A stand-in for CIFAR-100 in both layouts and an archive of each: (folder, images, {kind: labels})."""
+    root, images = tmp_path_factory.mktemp("cifar100"), cifar[0]
+    labels = {"coarse": np.concatenate([np.arange(50000) % 20, np.arange(10000) % 20]).astype(np.uint8),
+              "fine": np.concatenate([np.arange(50000) % 100, np.arange(10000) % 100]).astype(np.uint8)}
+    (root / "cifar-100-binary").mkdir()
+    (root / "py" / "cifar-100-python").mkdir(parents=True)
+    for name, part in (("train", slice(0, 50000)), ("test", slice(50000, 60000))):
+        rows = images[part].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        columns = [labels[kind][part][:, None] for kind in ("coarse", "fine")]
+        (root / "cifar-100-binary" / f"{name}.bin").write_bytes(np.concatenate([*columns, rows], axis=1).tobytes())
+        content = {b"data": rows, b"fine_labels": labels["fine"][part].tolist(), b"coarse_labels": labels["coarse"][part].tolist()}
+        (root / "py" / "cifar-100-python" / name).write_bytes(pickle.dumps(content, protocol=2))
+    with tarfile.open(root / "c100.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(root / "cifar-100-binary", "cifar-100-binary")
+    return root, images, labels
+
+
+@pytest.mark.parametrize("place, kind", [(".", "binary"), ("cifar-100-binary", "binary"), ("py", "pickle"),
+                                         ("py/cifar-100-python", "pickle"), ("c100.tar.gz", "archive")])
+@pytest.mark.parametrize("labels, count", [("fine", 100), ("coarse", 20)])
+def test_cifar100_reads_in_every_layout(cifar100, counts_as_cifar, place, kind, labels, count):
+    root, images, numbers = cifar100
+    source = find_source(root / place, labels=labels)
+    read = source.read()
+    assert source.kind == kind and read.name == "cifar100" and len(read.classes) == count
+    assert np.array_equal(read.test.images, images[50000:]) and np.array_equal(read.train.labels, numbers[labels][:50000])
+
+
+def test_cifar100s_names_are_in_the_official_order():
+    fine, coarse = official.SETS["cifar100"].classes["fine"], official.SETS["cifar100"].classes["coarse"]
+    assert len(set(fine)) == 100 and list(fine) == sorted(fine) and (fine[0], fine[30], fine[99]) == ("apple", "dolphin", "worm")
+    assert len(set(coarse)) == 20 and list(coarse) == sorted(coarse)
+
+
+def test_other_images_as_cifar100_are_refused(cifar100):
+    with pytest.raises(SourceError, match="channel mean is .*CIFAR-100's is"):
+        find_source(cifar100[0]).read()
+
+
+# -- sets without a test split, other sizes, other layouts --------------------------------------------------------------
+
+def test_a_folder_without_a_test_split_gets_the_same_one_each_time(tmp_path):
+    write_tree(tmp_path / "a", "all", ("cat", "dog"), 20)
+    (tmp_path / "a" / "all").rename(tmp_path / "pets")
+    read = find_source(tmp_path / "pets").read()
+    assert read.name == "pets" and np.bincount(read.test.labels).tolist() == [4, 4]
+    assert np.bincount(read.train.labels).tolist() == [16, 16]
+    everything = np.concatenate([read.train.images, read.test.images])
+    assert len(np.unique(everything.reshape(40, -1), axis=0)) == 40, "no image is in both"
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "pets").rename(tmp_path / "copy" / "train")    # the same images as train/ alone: the same choice
+    again = find_source(tmp_path / "copy").read()
+    assert np.array_equal(again.test.images, read.test.images)
+    assert np.bincount(find_source(tmp_path / "copy", test_share=0.5).read().test.labels).tolist() == [10, 10]
+
+
+def test_the_choice_of_a_test_split_hardly_changes_when_images_are_added():
+    names = [f"{i}.png" for i in range(1000)]
+    before = sources.choose_test(np.zeros(1000, np.int64), names, 0.2)
+    after = sources.choose_test(np.zeros(1010, np.int64), [*(f"new{i}.png" for i in range(10)), *names], 0.2)
+    assert before.sum() == 200 and (before != after[10:]).sum() <= 4
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
+    write_tree(tmp_path, "pets", ("cat", "dog"), 1)
+    with pytest.raises(SourceError, match="only image of its class"):
+        find_source(tmp_path / "pets").read()
+
+
+@pytest.mark.parametrize("fit", files.FITS)
+def test_images_of_any_size_are_brought_to_one(tmp_path, fit):
+    for split in ("train", "val"):
+        for c, size in (("cat", (40, 20)), ("dog", (16, 16))):
+            write_tree(tmp_path, split, (c,), 2, size=size)
+    with pytest.raises(SourceError, match="--sources.image_size"):
+        find_source(tmp_path).read()
+    read = find_source(tmp_path, image_size=16, fit=fit).read()
+    assert read.train.images.shape == (4, 16, 16, 3) and read.test.images.shape == (4, 16, 16, 3)
+    picture = Image.open(tmp_path / "train/cat/000.png")
+    if fit == "crop":
+        picture = picture.crop((10, 0, 30, 20))
+    expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(read.train.images[0] - expected)[:, 2:14].max() <= 1    # at a cut's edge, what lies behind it counts a little
+    assert np.array_equal(read.train.images[2], np.asarray(Image.open(tmp_path / "train/dog/000.png")))
+    assert find_source(tmp_path, image_size=16).fingerprint() != find_source(tmp_path, image_size=8).fingerprint()
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    write_tree(tmp_path, ".", ["train"], 12)
+    for file in (tmp_path / "train").iterdir():
+        file.rename(file.with_name(f"{int(file.stem) + 1}.png"))
+    lines = [f"{i},{'cat' if i % 2 else 'dog'}" for i in range(1, 13)]
+    (tmp_path / "trainLabels.csv").write_text("id,label\n" + "\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_kaggles_folder_and_table(kaggle):
+    read = find_source(kaggle).read()
+    assert find_source(kaggle).kind == "kaggle" and read.classes == ("cat", "dog") and len(read.test.labels) == 2
+    tenth = np.asarray(Image.open(kaggle / "train/10.png"))
+    [place] = [(split, i) for split in (read.train, read.test) for i in range(len(split.labels)) if np.array_equal(split.images[i], tenth)]
+    assert place[0].labels[place[1]] == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: (t / "train/5.png").unlink(), "no image of 1 ids, such as 5"),
+    (lambda t: (t / "train/5.png").rename(t / "train/99.png"), "no image of 1 ids, such as 5"),
+    (lambda t: (t / "trainLabels.csv").write_text("a,b\n1,cat\n"), "expected the header id,label"),
+    (lambda t: (t / "trainLabels.csv").write_text("id,label\n1,cat\n1,dog\n"), "names 1 ids twice")])
+def test_a_bad_kaggle_folder_is_refused(kaggle, change, message):
+    change(kaggle)
     with pytest.raises(SourceError, match=message):
-        sources._checked(whole)
+        find_source(kaggle).read()
+
+
+def write_parquet(path, count, names=None, image="img", label="label", seed=0, struct=True, labels=None):
+    import pyarrow
+    import pyarrow.parquet
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 5, 6, 3), dtype=np.uint8)
+    contents = []
+    for pixels in images:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        contents.append({"bytes": file.getvalue(), "path": None} if struct else file.getvalue())
+    labels = [i % 3 for i in range(count)] if labels is None else labels
+    table = pyarrow.table({image: contents, label: labels})
+    if names:
+        info = {"info": {"features": {label: {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, path)
+    return images
+
+
+@pytest.mark.parametrize("struct", [True, False])
+@pytest.mark.parametrize("place, image, label", [("plain_text", "img", "label"), ("data", "image", "fine_label"), (".", "img", "label")])
+def test_the_hubs_parquet_files(tmp_path, place, image, label, struct):
+    first = write_parquet(tmp_path / place / "train-00000-of-00002.parquet", 6, ["cat", "dog", "emu"], image, label, struct=struct)
+    second = write_parquet(tmp_path / place / "train-00001-of-00002.parquet", 3, ["cat", "dog", "emu"], image, label, 1, struct)
+    test = write_parquet(tmp_path / place / "test-00000-of-00001.parquet", 3, ["cat", "dog", "emu"], image, label, 2, struct)
+    read = find_source(tmp_path).read()
+    assert find_source(tmp_path).kind == "parquet" and read.classes == ("cat", "dog", "emu")
+    assert np.array_equal(read.train.images, np.concatenate([first, second])) and np.array_equal(read.test.images, test)
+    assert read.train.labels.tolist() == [0, 1, 2] * 3
+
+
+def test_parquet_files_without_names_or_test_split(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", 30)
+    read = find_source(tmp_path).read()
+    assert read.classes == ("0", "1", "2") and len(read.test.labels) == 6 and len(read.train.labels) == 24
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda p: write_parquet(p, 3, image="picture"), "has the columns picture, label"),
+    (lambda p: write_parquet(p, 3, label="coarse_label"), "expected img or image, and label or fine_label"),
+    (lambda p: write_parquet(p, 3, labels=[0, 1, -1]), "without a label"),
+    (lambda p: p.write_bytes(b"PAR1 no table"), "no readable parquet file")])
+def test_bad_parquet_files_are_refused(tmp_path, write, message):
+    write(tmp_path / "train-0.parquet")
+    with pytest.raises(SourceError, match=message):
+        find_source(tmp_path).read()
+
+
+@pytest.mark.parametrize("names", [("x_train", "y_train", "x_test", "y_test"),
+                                   ("train_images", "train_labels", "val_images", "val_labels")])
+def test_arrays_with_both_splits(tmp_path, names):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (9, 8, 8), dtype=np.uint8), np.arange(9)[:, None] % 3
+    np.savez(tmp_path / "set.npz", **dict(zip(names, (x, y, x[:3], y[:3]))), classes=np.array(["a", "b", "c"]))
+    read = find_source(tmp_path / "set.npz").read()
+    assert find_source(tmp_path).path == tmp_path / "set.npz"
+    assert read.classes == ("a", "b", "c") and np.array_equal(read.train.images, np.repeat(x[..., None], 3, axis=3))
+    assert read.test.labels.tolist() == [0, 1, 2]
+
+
+def test_arrays_with_one_split_and_planes_first(tmp_path):
+    planes = np.random.default_rng(0).integers(0, 256, (20, 3, 6, 5), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=planes, labels=np.arange(20) % 2)
+    read = find_source(tmp_path / "set.npz", image_size=6).read()
+    assert read.train.images.shape == (16, 6, 6, 3) and len(read.test.labels) == 4 and read.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("arrays, message", [
+    (dict(images=np.zeros((4, 8, 8, 3), np.float32), labels=np.arange(4) % 2), "is float32"),
+    (dict(images=np.zeros((4, 8, 8, 4), np.uint8), labels=np.arange(4) % 2), "has the shape"),
+    (dict(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.arange(3) % 2), "4 images and 3 labels"),
+    (dict(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4)), "labels is float64"),
+    (dict(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.array([0, 1, 0, 99999])), "label 99999"),
+    (dict(pictures=np.zeros((4, 8, 8, 3), np.uint8)), "holds pictures; expected"),
+    (dict(images=np.array([{}, {}], object), labels=np.arange(2)), "holds objects rather than numbers")])
+def test_bad_arrays_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(SourceError, match=message):
+        find_source(tmp_path / "set.npz").read()
+
+
+def test_an_array_file_that_claims_too_much_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "set.npz", images=np.zeros((1000, 32, 32, 3), np.uint8), labels=np.arange(1000) % 2)
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: 1 << 20)
+    with pytest.raises(SourceError, match="unpacks to 2 MiB, 1 MiB are free"):
+        find_source(tmp_path / "set.npz").read()

@@ -1,0 +1,94 @@
+"""What is there to train with, and what is missing, with the command that mends it: python -m seresnet.doctor [DATA_DIR]
+
+Exit status: 0 where a training can run, 2 where something that it needs is missing.
+"""
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from seresnet import report, runtime
+
+NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs PyYAML terminaltables",
+          "yaml": "pip install PyYAML", "PIL": "pip install pillow"}
+OPTIONAL = {
+    "ffcv": ("streaming of sets that do not fit into memory", "make setup, or: README, \"Install\""),
+    "torchvision": ("downloads of CIFAR-10", "pip install torchvision"), "sklearn": ("the digits set", "pip install scikit-learn"),
+    "matplotlib": ("pictures", "pip install matplotlib, or --report.curves false"),
+    "tqdm": ("progress bars", "pip install tqdm"),
+    "pyarrow": ("parquet files", "pip install pyarrow"), "tensorboard": ("report.tensorboard", "pip install tensorboard"),
+    "onnxruntime": ("export to ONNX", "pip install onnx onnxscript onnxruntime")}
+
+
+class Finding(NamedTuple):
+    """good: True, False where a training cannot do without it, None where it can."""
+
+    what: str
+    good: bool | None
+    detail: str
+    mend: str = ""
+
+
+def examine(data: Path) -> Iterator[Finding]:
+    """One finding after the other. data: folder in which betons, or sources of them, are looked for."""
+    version = sys.version.split()[0]
+    yield Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
+    versions = runtime.describe_versions()
+    for name, command in NEEDED.items():
+        there = runtime.is_installed(name)
+        yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
+    for name, (use, command) in OPTIONAL.items():
+        there = runtime.is_installed(name)
+        yield Finding(name, True if there else None, versions.get(name, "installed") if there else f"not installed; for {use}",
+                      "" if there else command)
+    if runtime.is_installed("torch"):
+        machine = runtime.describe_machine()
+        yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
+        bf16 = machine["cpu_bf16"]
+        yield Finding("bf16 on the CPU", True if bf16 != "none" else None, str(bf16) if bf16 != "none" else
+                      "none: the CPU trains in fp32, several times slower")
+        yield Finding("cores", machine["cores"] > 1 or None, f"{machine['cores']}, torch uses {machine['torch_threads']}")
+    free = runtime.free_memory_of_machine() / 2**30
+    yield Finding("free memory", free >= 2 or None, f"{free:.1f} GiB", "" if free >= 2 else "smaller loader.batch_size, loader.mode stream")
+    place = data if data.exists() else Path(".")
+    room = shutil.disk_usage(place).free / 2**30
+    yield Finding("free disk", room >= 1 or None, f"{room:.1f} GiB at {place.resolve()}", "" if room >= 1 else "free some")
+    betons = sorted(data.glob("*.beton"))
+    yield from _data(data, betons)
+
+
+def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
+    from seresnet.beton import open_beton
+    from seresnet.sources import find_source
+    for path in betons:
+        try:
+            found = open_beton(path)
+            yield Finding(path.name, True, f"{found.samples:,} images of {found.width} x {found.height}, {len(found.classes)} classes")
+        except runtime.UserError as error:
+            yield Finding(path.name, False, str(error), "python write_datasets.py --config-file ... --force")
+    if not betons:
+        try:
+            found = find_source(data)
+            yield Finding("data", True, f"{found.describe()}, not converted yet", f"python write_datasets.py --config-file "
+                          f"rn_configs/se94.yaml --sources.path {data}")
+        except runtime.UserError:
+            yield Finding("data", None, f"none in {data.resolve()}", "make train CIFAR10_DIR=..., or python write_datasets.py --config-file "
+                          "rn_configs/se94.yaml --sources.kind download")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m seresnet.doctor", description="What is there to train with, and what is missing.")
+    parser.add_argument("data", nargs="?", default="data", type=Path, help="folder of the data [data]")
+    findings = list(examine(parser.parse_args(sys.argv[1:]).data))
+    marks = {True: "ok", None: "-", False: "MISSING"}
+    report.say(report.table(("what", "", "found", "to mend it"), [(f.what, marks[f.good], f.detail, f.mend) for f in findings]))
+    return 0 if all(finding.good is not False for finding in findings) else 2
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,68 @@
+"""What a set of labelled images is, what has to be true of it, and its statistics."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, H, W, 3), RGB. labels: int64 (N,), in [0, classes)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A whole data set: its short `name`, one line on where it comes `source` from, class names, both splits."""
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+def problems_of(images: ImageSet) -> Iterable[str]:
+    """What is wrong with `images`, a line each: dtype, shape, label range, classes without images."""
+    if len(images.classes) < 2:
+        yield f"has {len(images.classes)} class, expected at least 2"
+    for name, split in (("train", images.train), ("test", images.test)):
+        if split.images.dtype != np.uint8 or split.images.ndim != 4 or split.images.shape[3] != 3:
+            yield f"{name} images are {split.images.dtype} {split.images.shape}, expected uint8 (N, H, W, 3)"
+        if split.labels.dtype != np.int64 or split.labels.shape != split.images.shape[:1]:
+            yield (f"{name} labels are {split.labels.dtype} {split.labels.shape}, expected int64 "
+                   f"({len(split.images)},), one an image")
+        elif not len(split.labels):
+            yield f"{name} has no images"
+        elif split.labels.min() < 0 or split.labels.max() >= len(images.classes):
+            yield (f"{name} labels lie in [{split.labels.min()}, {split.labels.max()}], expected "
+                   f"[0, {len(images.classes) - 1}]")
+        elif name == "train":
+            missing = np.flatnonzero(np.bincount(split.labels, minlength=len(images.classes)) == 0)
+            if len(missing):
+                yield f"train has no image of class {images.classes[missing[0]]}"
+    if images.train.images.shape[1:] != images.test.images.shape[1:]:
+        yield (f"train images are {images.train.images.shape[1:3]} pixels, test images {images.test.images.shape[1:3]}: "
+               "bring all to one size first")
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel of uint8 (N, H, W, 3), over all pixels of all images, in pixel values.
+
+    Exact: both come from a histogram of the 256 values, whose sums are integers.
+    """
+    values = np.arange(256, dtype=np.int64)
+    means, stds = [], []
+    for channel in range(3):
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(images), 4096):    # bincount widens to 8 bytes a pixel: a part at a time
+            counts += np.bincount(images[start:start + 4096, ..., channel].ravel(), minlength=256)
+        total = int(counts.sum())
+        mean = int((counts * values).sum()) / total
+        means.append(mean)
+        stds.append((int((counts * values**2).sum()) / total - mean**2) ** 0.5)
+    return tuple(means), tuple(stds)

@@ -1,0 +1,134 @@
+"""Images without labels, as people have them (files and folders) -> their ids and uint8 pixels, in the input's order."""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from seresnet.beton import open_beton, read_images
+from seresnet.files import IMAGE_SUFFIXES, SourceError, fit_images, load_pickle, read_arrays, read_image
+from seresnet.sources import as_images
+
+IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
+ID_KEYS = ("ids", "id", "ID")
+BINARY_ROWS = (3073, 3074, 3072)    # CIFAR-10's rows (a label byte and the pixels), CIFAR-100's (two), pixels alone
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """ids: one text an image, none twice. images: uint8 (N, H, W, 3), RGB."""
+
+    ids: list[str]
+    images: np.ndarray
+
+
+def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unlabelled:
+    """The images at `path`, for a net that takes `image_size` pixels a side.
+
+    Read are an image folder (ids: names without suffix, below subfolders with them; 2 before 10) or a single image, a
+    .beton, .npy, .npz (`images` and perhaps `ids`) and .bin (CIFAR's rows, labels passed over), and any other file as a
+    pickle of Python 2 or 3 (a dict with `data` and perhaps `ids`, or an array), which is never executed. Where a file has
+    no ids, they count from 0. fit: how images of another size are brought to it, `resize` or `crop` (files.read_image);
+    with `none` they are refused.
+
+    Raises SourceError with path, finding and way out.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SourceError(f"--images {path}: does not exist (looked in {Path.cwd()})")
+    size = 0 if fit == "none" else image_size
+    if path.is_dir():
+        found = _folder(path, image_size, size, fit)
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        found = Unlabelled([path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
+    elif path.suffix == ".beton":
+        images = read_images(open_beton(path))
+        found = Unlabelled([str(i) for i in range(len(images))], images)
+    else:
+        found = _table(path)
+    images = fit_images(found.images, size, fit) if size else found.images
+    twice = [name for name, count in Counter(found.ids).items() if count > 1]
+    if twice:
+        raise SourceError(f"{path}: has {len(twice)} ids more than once, such as {twice[0]!r}: every image needs its own")
+    if not len(images):
+        raise SourceError(f"{path}: holds no images")
+    return Unlabelled(found.ids, _expected(images, image_size, str(path)))
+
+
+def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
+    if images.shape[1:] != (side, side, 3):
+        raise SourceError(f"{where}: has images of {images.shape[2]} x {images.shape[1]} pixels, the net takes {side} x {side}: "
+                          "give --fit resize or --fit crop")
+    return images
+
+
+def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
+    names = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not names:
+        raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
+    names.sort(key=lambda name: (str(name.parent), len(name.stem) if name.stem.isdigit() else 0, str(name)))
+    images = np.empty((len(names), side, side, 3), np.uint8)
+    for i, name in enumerate(names):
+        images[i] = _expected(read_image(path / name, size=size, fit=fit)[None], side, str(path / name))[0]
+    return Unlabelled([name.with_suffix("").as_posix() for name in names], images)
+
+
+def _table(path: Path) -> Unlabelled:
+    """Arrays in one file."""
+    if path.suffix in (".npy", ".npz"):
+        content = read_arrays(path)
+    elif path.suffix == ".bin":
+        content = {"data": _binary_rows(path)}
+    else:
+        try:
+            with open(path, "rb") as file:
+                content = load_pickle(file, str(path))
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+        content = {"data": content} if isinstance(content, np.ndarray) else content
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: holds a {type(content).__name__}, expected a dict with `data`, or an array of images")
+    key = next((key for key in IMAGE_KEYS if isinstance(content.get(key), np.ndarray)), None)
+    if key is None:
+        raise SourceError(f"{path}: holds {', '.join(map(repr, sorted(map(str, content))[:8])) or 'nothing'}, expected an array of "
+                          f"images named {' or '.join(IMAGE_KEYS)}")
+    array = content[key]
+    if array.ndim == 2:
+        _check_planes(array, f"{path}: {key}")
+    images = as_images(array, f"{path}: {key}")
+    ids = next((content[name] for name in ID_KEYS if content.get(name) is not None), range(len(images)))
+    try:
+        ids = [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in np.asarray(ids).reshape(-1).tolist()]
+    except ValueError as error:
+        raise SourceError(f"{path}: its ids are no list of numbers or words: leave them out, or mend them") from error
+    if len(ids) != len(images):
+        raise SourceError(f"{path}: has {len(images)} images and {len(ids)} ids: every image needs one")
+    return Unlabelled(ids, images)
+
+
+def _binary_rows(path: Path) -> np.ndarray:
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+    fitting = [row for row in BINARY_ROWS if len(content) and len(content) % row == 0]
+    if len(fitting) != 1:
+        raise SourceError(f"{path}: has {len(content)} bytes, which is {'both ' if fitting else 'no '}multiple of "
+                          f"{' and '.join(map(str, fitting or BINARY_ROWS))}, the rows of CIFAR's binary layouts: it is cut off, "
+                          "or give the images as .npy")
+    return content.reshape(-1, fitting[0])[:, fitting[0] - 3072:]
+
+
+def _check_planes(rows: np.ndarray, where: str) -> None:
+    """Refuse rows that hold a pixel's three values side by side. A picture is smooth: read in the wrong order, neighbours
+    differ far more than in the right one."""
+    if rows.dtype != np.uint8 or rows.shape[1] != 3072 or not len(rows):
+        return    # as_images says what is wrong
+    sample = rows[:1000].astype(np.int16)
+    planes = np.abs(np.diff(sample.reshape(-1, 3, 32, 32), axis=3)).mean()
+    pixels = np.abs(np.diff(sample.reshape(-1, 32, 32, 3), axis=2)).mean()
+    if planes > 1.5 * pixels:
+        raise SourceError(f"{where}: its rows hold red, green and blue of each pixel side by side, expected all red values, then "
+                          "green, then blue: reshape them to (N, 32, 32, 3)")

@@ -1,0 +1,155 @@
+"""Pictures of a training: curves, runs side by side, confusion matrix, contact sheets. The one file that knows matplotlib."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")    # Paul Tol's bright scheme
+
+
+def _figure(width: float, height: float):
+    """An empty figure, inches. No pyplot: it wants a display, and keeps every figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bare(axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
+    """One figure of three plots over the epochs: loss, accuracy, learning rate; train and evaluation split."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    figure = _figure(11, 3.8)
+    split, epochs = outcome["split"], [r["epoch"] for r in records]
+    marker = "o" if len(epochs) <= 40 else None
+    train = dict(color="#4477aa", label="train (augmented)", marker=marker, markersize=3.5)
+    test = dict(color="#cc3311", label=split, marker=marker, markersize=3.5)
+
+    def line(axes, key, scale=1.0, **style):
+        points = [(r["epoch"], r[key] * scale) for r in records if r[key] is not None]
+        axes.plot([x for x, _ in points], [y for _, y in points], **style)
+
+    loss, accuracy, rate = figure.subplots(1, 3)
+    line(loss, "train_loss", **train)
+    line(loss, "test_loss", **test)
+    loss.set_ylabel("loss, label-smoothed where training is (nats)")
+    line(accuracy, "train_accuracy", **train)
+    line(accuracy, "test_accuracy", **test)
+    best = outcome["accuracy_tta"]
+    accuracy.axhline(best, color="#cc3311", linewidth=0.8, linestyle="--",
+                     label=f"final, TTA {outcome['tta']}: {best:.2%}")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    accuracy.set_ylabel("accuracy")
+    line(rate, "learning_rate", color="#228833", marker=marker, markersize=3.5)
+    rate.set_ylabel("learning rate at the epoch's end")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.grid(alpha=0.3)
+        _bare(axes)
+    for axes in (loss, accuracy):
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{outcome['recipe']}, seed {outcome['seed']}: {outcome['parameters']:,} parameters, "
+                    f"{outcome['train_seconds']:.0f} s of training", fontsize=10)
+    figure.savefig(path)
+
+
+def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
+    """Runs side by side: accuracy over the epochs, and each run's final accuracy over its training time.
+
+    runs: `label`, `records` (lines of log.jsonl) and `outcome` (report.json, or None where the run has not ended) each.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    figure = _figure(12, 4.6 + 0.16 * max(0, len(runs) - 12))
+    curves, times = figure.subplots(1, 2)
+    for i, run in enumerate(runs):
+        colour, style = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
+        points = [(r["epoch"], r["test_accuracy"]) for r in run["records"] if r["test_accuracy"] is not None]
+        curves.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=run["label"],
+                    marker="o" if len(points) <= 40 else None, markersize=3)
+        if run["outcome"]:
+            times.plot(run["outcome"]["train_seconds"] + run["outcome"]["eval_seconds"], run["outcome"]["accuracy_tta"], "o",
+                       color=colour, markersize=7, markerfacecolor="none" if style == "--" else colour)
+    curves.set_xlabel("epoch")
+    curves.set_ylabel("accuracy on the evaluation split")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    times.set_xlabel("training and evaluation (seconds)")
+    times.set_ylabel("final accuracy, with TTA")
+    times.set_xlim(left=0)
+    times.margins(0.1)
+    for axes in (curves, times):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.grid(alpha=0.3)
+        _bare(axes)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+    """A confusion matrix, integers (K, K): a row a true class, a column a predicted one, coloured by the share of its row."""
+    from matplotlib.ticker import PercentFormatter
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    many = len(classes) > 25
+    side = min(14, 2.6 + 0.5 * len(classes)) if not many else 10
+    figure = _figure(side + 1.2, side)
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0))
+    bar.set_label("share of the true class")
+    if not many:    # numbers and names would not be legible
+        for i, j in np.ndindex(counts.shape):
+            if counts[i, j]:
+                axes.text(j, i, f"{counts[i, j]}", ha="center", va="center", fontsize=8,
+                          color="white" if share[i, j] > 0.55 else "black")
+    step = range(0, len(classes), max(1, len(classes) // 50))
+    names = [name if len(name) <= 18 else f"{name[:17]}\u2026" for name in classes]
+    axes.set_xticks(list(step), [names[i] for i in step], rotation=60, ha="right", rotation_mode="anchor", fontsize=8 if not many else 6)
+    axes.set_yticks(list(step), [names[i] for i in step], fontsize=8 if not many else 6)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path)
+
+
+def draw_sheet(images: np.ndarray, captions: Sequence[str], title: str, path: Path, *, columns: int,
+               column_titles: Sequence[str] = ()) -> None:
+    """A contact sheet of uint8 (N, H, W, 3), N at least 1, each with its caption below, `columns` in a row."""
+    rows = -(-len(images) // columns)
+    figure = _figure(1.35 * columns, 1.6 * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    for axes, image, caption in zip(grid.flat, images, captions):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_xlabel(caption, fontsize=7, labelpad=2)
+    for axes, text in zip(grid[0], column_titles):
+        axes.set_title(text, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def draw_shift(severities: Mapping[str, Sequence[float]], plain: float, title: str, path: Path) -> None:
+    """Accuracy over severity (1 to 5), a line a corruption; `plain` is the accuracy on the images as they are."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    figure = _figure(7.5, 4.2)
+    axes = figure.subplots()
+    axes.axhline(plain, color="#222222", linewidth=0.8, linestyle="--", label=f"as they are: {plain:.2%}")
+    for i, (name, values) in enumerate(severities.items()):
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
+    axes.set_xlabel("severity")
+    axes.set_ylabel("accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.grid(alpha=0.3)
+    _bare(axes)
+    axes.set_title(title, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)

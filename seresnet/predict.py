@@ -1,0 +1,68 @@
+"""A trained net -> labels for images it never saw: python -m seresnet.predict --checkpoint runs/X --images FILE_OR_DIR --out FILE
+
+Writes a CSV with a line an image, in the input's order: `ID,Labels`, with `--format proba` the probability of each class
+behind them. Exit status: 0 done, 2 something to mend in the arguments, the images or the disk.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from seresnet import report, runtime, trained
+from seresnet.files import FITS
+from seresnet.inputs import read_unlabelled
+from seresnet.tta import VIEWS
+
+
+def as_csv(ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], *, names: bool, proba: bool) -> str:
+    """The text of a CSV file: header, then id and label (number, or class name) an image, with `proba` a column a class."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["ID", "Labels", *(classes if proba else ())])
+    for name, row in zip(ids, probabilities, strict=True):
+        label = int(row.argmax())
+        writer.writerow([name, classes[label] if names else label, *(f"{value:.6f}" for value in row if proba)])
+    return file.getvalue()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m seresnet.predict", description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
+    parser.add_argument("--images", required=True, metavar="FILE_OR_DIR",
+                        help="image folder, .npy, .npz, .beton, CIFAR's .bin, or a pickle of a dict with `data` and perhaps `ids`")
+    parser.add_argument("--out", required=True, metavar="FILE", help="CSV file to write")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="flip", help="test-time augmentation [flip]")
+    parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
+                        help="ID,Labels alone, or with every class's probability [kaggle]")
+    parser.add_argument("--names", action="store_true", help="write class names instead of their numbers")
+    parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
+                        help="bring images of another size to the net's; auto: as its training images were [auto]")
+    parser.add_argument("--batch-size", type=int, default=1000, help="images a forward pass [1000]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
+    options = parser.parse_args(sys.argv[1:])
+    if options.batch_size < 1:
+        parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more")
+    report.check_writable(options.out)
+    net = trained.load(options.checkpoint, options.device)
+    sources = net.config["sources"]
+    fit = (sources["fit"] if sources["image_size"] else "none") if options.fit == "auto" else options.fit
+    started = time.perf_counter()
+    found = read_unlabelled(options.images, net.image_size, fit)
+    read_seconds = time.perf_counter() - started
+    probabilities = net.probabilities(found.images, options.tta, options.batch_size)
+    seconds = time.perf_counter() - started
+    report.write_text(options.out, as_csv(found.ids, probabilities, net.classes, names=options.names,
+                                          proba=options.format == "proba"))
+    report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
+               f"{net.path}, TTA {options.tta}: {options.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

@@ -1,0 +1,74 @@
+"""A trained net from its run folder: uint8 images in, probabilities out."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from seresnet import checkpoint, runtime
+from seresnet.augment import normalise
+from seresnet.checkpoint import CheckpointError
+from seresnet.model import SEResNet
+from seresnet.tta import VIEWS, log_probabilities
+
+
+class TrainedNet:
+    """A net with all that it needs to be fed images, in evaluation mode.
+
+    Attributes: `model` (seresnet.model.SEResNet), `classes` (names), `mean` and `std` (a channel, of the training images, in
+    pixel values), `image_size` (side in pixels), `config` (sections and keys of the run), `epochs_done`, `device`, `dtype`
+    (number format of the convolutions), `path`.
+    """
+
+    def __init__(self, state: dict, path: Path, device: torch.device, dtype: torch.dtype):
+        arguments = {name: value for name, value in state["config"]["model"].items() if name != "max_parameters"}
+        self.model = SEResNet(**arguments)
+        self.model.load_state_dict(state["model"])
+        self.model.to(device, memory_format=torch.channels_last).eval()
+        self.classes, self.mean, self.std = tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"])
+        self.config, self.epochs_done = state["config"], state["epochs_done"]
+        self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
+
+    @torch.inference_mode()
+    def probabilities(self, images: np.ndarray, tta: str = "flip", batch_size: int = 1000) -> np.ndarray:
+        """float32 (N, classes), each row a distribution, for uint8 RGB images (N, image_size, image_size, 3).
+
+        tta: test-time augmentation, a key of tta.VIEWS. Raises ValueError for images of another shape or dtype, or a `tta`
+        that there is not.
+        """
+        images, side = np.asarray(images), self.image_size
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
+            raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (N, {side}, {side}, 3)")
+        if tta not in VIEWS:
+            raise ValueError(f"tta: got {tta!r}, expected one of {', '.join(VIEWS)}")
+        found = [np.empty((0, len(self.classes)), np.float32)]
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(images[start:start + batch_size])).to(self.device).permute(0, 3, 1, 2)
+            _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype)
+            found.append(mean_view.exp().cpu().numpy())
+        return np.concatenate(found)
+
+    def predict(self, images: np.ndarray, tta: str = "flip", batch_size: int = 1000) -> np.ndarray:
+        """The most probable class of each image, int64 (N,): numbers into `classes`. Arguments as of `probabilities`."""
+        return self.probabilities(images, tta, batch_size).argmax(1).astype(np.int64)
+
+
+def load(path: Path | str, device: str = "auto", precision: str = "auto") -> TrainedNet:
+    """The net of a run folder (its weights.pt), or of the checkpoint file named: weights.pt or best.pt.
+
+    device, precision: as run.device and run.precision. Raises UserError where there is none, or it is not one of ours.
+    """
+    path = Path(path)
+    file = path / "weights.pt" if path.is_dir() else path
+    state = checkpoint.load(file)
+    missing = {"model", "config", "classes", "mean", "std", "epochs_done"} - state.keys()
+    if missing:
+        raise CheckpointError(f"{file}: holds no trained net (no {', '.join(sorted(missing))}): name a run folder, or its "
+                              "weights.pt or best.pt")
+    where = runtime.pick_device(device)
+    try:
+        return TrainedNet(state, file, where, runtime.pick_dtype(precision, where))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its net cannot be rebuilt ({' '.join(str(error).split())[:200]}): use the version that "
+                              "wrote it") from error

@@ -1,0 +1,56 @@
+"""doctor, preview: what a user calls when something does not look right."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import COLOURS, run_module
+from seresnet import config, doctor, preview, runtime
+from seresnet.beton import open_beton, read_images
+
+
+def test_what_is_there_is_said(run, tmp_path):
+    status, output, errors = run_module("doctor", tmp_path, run[0].parent)
+    assert status == 0, errors
+    assert "| torch " in output and "train.beton" in output and "240 images of 16 x 16, 3 classes" in output
+
+
+def test_what_is_missing_is_said_with_the_command(run, tmp_path, monkeypatch):
+    whole = runtime.is_installed
+    monkeypatch.setattr(runtime, "is_installed", lambda name: name not in ("ffcv", "fastargs") and whole(name))
+    (tmp_path / "x.beton").write_bytes(b"x")
+    found = {f.what: f for f in doctor.examine(tmp_path)}
+    assert found["fastargs"].good is False and "pip install fastargs" in found["fastargs"].mend
+    assert found["ffcv"].good is None and "make setup" in found["ffcv"].mend
+    assert found["x.beton"].good is False and "less than a header" in found["x.beton"].detail
+    status, output, _ = run_module("doctor", tmp_path, tmp_path)
+    assert status == 2 and "MISSING" in output
+    empty = {f.what: f for f in doctor.examine(tmp_path / "nowhere")}
+    assert empty["data"].good is None and "--sources.kind download" in empty["data"].mend
+
+
+def test_a_preview_shows_the_images_and_their_augmentation(run, tmp_path):
+    folder = run[0].parent
+    keys = ["--beton.train", str(folder / "train.beton"), "--beton.test", str(folder / "test.beton"), "--model.classes", "0",
+            "--model.image_size", "0", "--loader.batch_size", "24", "--model.channels", "8"]
+    settings, _ = config.parse([*keys, "--augment.flip", "none", "--augment.translate", "0", "--run.precision", "fp32"])
+    shown, captions = preview.augmented(settings, 4, 3)
+    assert shown.shape == (16, 16, 16, 3) and set(captions) <= {*COLOURS, ""}
+    everything = {image.tobytes() for image in read_images(open_beton(folder / "train.beton"))}
+    for i in range(0, 16, 4):
+        assert shown[i].tobytes() in everything and all(np.array_equal(shown[i], shown[i + k]) for k in (1, 2, 3))
+    settings, _ = config.parse([*keys, "--augment.flip", "alternating", "--augment.translate", "0", "--run.precision", "fp32"])
+    shown, _ = preview.augmented(settings, 4, 2)
+    for i in range(0, 12, 3):
+        assert {True} == {any(np.array_equal(shown[i + a], view) for a in (1, 2)) for view in (shown[i], shown[i][:, ::-1])}
+    status, output, errors = run_module("preview", tmp_path, *keys, "--out", "p.png", "--images", "3")
+    assert status == 0, errors
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width > 1000
+    status, _, errors = run_module("preview", tmp_path, *keys, "--out", "no/p.png")
+    assert status == 2 and "there is no folder no" in errors
+
+
+@pytest.mark.parametrize("keys, message", [(("--images", "0"), "expected 1 and more"), (("--imges", "3"), "there is no such key")])
+def test_a_preview_refuses_what_it_does_not_understand(tmp_path, keys, message):
+    status, _, errors = run_module("preview", tmp_path, *keys)
+    assert status == 2 and message in errors

@@ -1,0 +1,179 @@
+"""trained, predict, inputs: a net from its run folder says the same as in its training, for images in every form."""
+import csv
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seresnet
+from conftest import COLOURS as CLASSES
+from conftest import run_module
+from seresnet import checkpoint, inputs
+from seresnet.beton import write_beton
+from seresnet.files import SourceError
+from seresnet.imageset import Split
+from seresnet.predict import as_csv
+from seresnet.runtime import UserError
+
+
+
+def predict(cwd, *arguments):
+    return run_module("predict", cwd, *arguments)
+
+
+def test_a_loaded_net_says_what_the_training_said(run):
+    folder, test, report = run
+    net = seresnet.load(folder, "cpu")
+    assert net.classes == CLASSES and net.image_size == 16 and net.epochs_done == 3 and not net.model.training
+    for tta, count in (("none", report["correct"]), ("flip", report["correct_tta"])):
+        assert int((net.predict(test.images, tta) == test.labels).sum()) == count
+    probabilities = net.probabilities(test.images, batch_size=7)
+    assert probabilities.shape == (60, 3) and probabilities.dtype == np.float32 and np.allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert np.allclose(probabilities, net.probabilities(test.images, batch_size=60), atol=2e-2)
+    assert net.predict(test.images[:0]).shape == (0,)
+    best = seresnet.load(folder / "best.pt", "cpu", "fp32")
+    assert best.dtype == torch.float32 and best.epochs_done == report["best_epoch"]
+
+
+@pytest.mark.parametrize("images, message", [
+    (np.zeros((2, 16, 16, 3)), "float64"), (np.zeros((2, 3, 16, 16), np.uint8), r"\(2, 3, 16, 16\)"),
+    (np.zeros((16, 16, 3), np.uint8), "expected uint8"), (np.zeros((2, 32, 32, 3), np.uint8), r"expected uint8 \(N, 16, 16, 3\)")])
+def test_images_that_do_not_fit_are_refused(run, images, message):
+    net = seresnet.load(run[0], "cpu")
+    with pytest.raises(ValueError, match=message):
+        net.predict(images)
+    with pytest.raises(ValueError, match="tta: got 'twice'"):
+        net.predict(run[1].images, "twice")
+
+
+def test_what_is_no_net_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="holds no trained net .*weights.pt or best.pt"):
+        seresnet.load(run[0] / "last.pt", "cpu")
+    with pytest.raises(UserError, match="cannot be read"):
+        seresnet.load(tmp_path, "cpu")
+    state = checkpoint.load(run[0] / "weights.pt")
+    state["config"]["model"]["channels"] = [16]
+    checkpoint.save(tmp_path / "weights.pt", state)
+    with pytest.raises(UserError, match="cannot be rebuilt"):
+        seresnet.load(tmp_path, "cpu")
+
+
+# -- inputs -------------------------------------------------------------------------------------------------------------
+
+IMAGES = np.random.default_rng(5).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+SMOOTH = (np.indices((32, 32)).sum(0)[None, :, :, None] * 2 + np.random.default_rng(6).integers(0, 100, (12, 1, 1, 3))).astype(np.uint8)
+ROWS = SMOOTH.transpose(0, 3, 1, 2).reshape(12, 3072)
+IDS = [f"image {i}" for i in range(12)]
+
+
+def as_pickle(content, protocol=2):
+    return lambda path: path.write_bytes(pickle.dumps(content, protocol=protocol))
+
+
+@pytest.mark.parametrize("name, write, ids, images", [
+    ("rows.pkl", as_pickle({b"data": ROWS}), None, SMOOTH),
+    ("rows", as_pickle({"data": ROWS, "ids": IDS}, 5), IDS, SMOOTH),
+    ("python2", as_pickle({b"data": ROWS, b"ids": [name.encode() for name in IDS]}, 0), IDS, SMOOTH),
+    ("pixels.pickle", as_pickle({"data": IMAGES, "ids": np.arange(5, 17)}), [str(i) for i in range(5, 17)], IMAGES),
+    ("array.pkl", as_pickle(IMAGES), None, IMAGES),
+    ("planes.npy", lambda path: np.save(path, IMAGES.transpose(0, 3, 1, 2)), None, IMAGES),
+    ("grey.npy", lambda path: np.save(path, IMAGES[..., 0]), None, np.repeat(IMAGES[..., :1], 3, axis=3)),
+    ("set.npz", lambda path: np.savez(path, x=IMAGES, ids=np.array(IDS)), IDS, IMAGES),
+    ("cifar10.bin", lambda path: np.concatenate([np.zeros((12, 1), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
+    ("cifar100.bin", lambda path: np.concatenate([np.zeros((12, 2), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
+    ("plain.bin", lambda path: ROWS.tofile(path), None, SMOOTH)])
+def test_files_of_images(tmp_path, name, write, ids, images):
+    write(tmp_path / name)
+    found = inputs.read_unlabelled(tmp_path / name, 32)
+    assert found.ids == (ids or [str(i) for i in range(12)]) and np.array_equal(found.images, images)
+
+
+def test_a_beton_and_a_folder(tmp_path):
+    write_beton(tmp_path / "x.beton", Split(IMAGES, np.arange(12) % 2), classes=("a", "b"), name="x", source="x", fingerprint="f")
+    assert np.array_equal(inputs.read_unlabelled(tmp_path / "x.beton", 32).images, IMAGES)
+    for i in range(12):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    found = inputs.read_unlabelled(tmp_path, 32)
+    assert found.ids == [str(i) for i in range(12)], "2 before 10"
+    assert np.array_equal(found.images, IMAGES)
+    assert inputs.read_unlabelled(tmp_path / "7.png", 32).ids == ["7"]
+    with pytest.raises(SourceError, match="0.png: has images of 32 x 32 pixels, the net takes 16 x 16: give --fit"):
+        inputs.read_unlabelled(tmp_path, 16)
+    assert inputs.read_unlabelled(tmp_path, 16, "crop").images.shape == (12, 16, 16, 3)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "7.png").rename(tmp_path / "sub" / "7.png")
+    assert inputs.read_unlabelled(tmp_path, 32).ids[-1] == "sub/7"
+    Image.fromarray(IMAGES[0]).save(tmp_path / "3.jpg")
+    with pytest.raises(SourceError, match="1 ids more than once, such as '3'"):
+        inputs.read_unlabelled(tmp_path, 32)
+
+
+class Payload:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("x.pkl", as_pickle({"data": ROWS[:, :3000]}), r"has the shape \(12, 3000\)"),
+    ("x.pkl", as_pickle({"data": ROWS.astype(np.float32)}), "is float32"),
+    ("x.pkl", as_pickle({"data": ROWS, "ids": IDS[:5]}), "12 images and 5 ids"),
+    ("x.pkl", as_pickle({"data": ROWS, "ids": ["a"] * 12}), "11 ids|1 ids more than once"),
+    ("x.pkl", as_pickle({"labels": [1]}), "holds 'labels', expected an array of images"),
+    ("x.pkl", as_pickle([1, 2]), "holds a list"),
+    ("x.pkl", as_pickle({"data": SMOOTH.reshape(12, 3072)}), "side by side, expected all red values"),
+    ("x.bin", lambda path: path.write_bytes(b"x" * 1000), "1000 bytes, which is no multiple"),
+    ("x.npy", lambda path: path.write_bytes(b"x"), "no readable .npy"),
+    ("x.npy", lambda path: np.save(path, np.zeros((2, 40, 40, 3), np.uint8)), "40 x 40 pixels, the net takes 32 x 32"),
+    ("x.npy", lambda path: np.save(path, IMAGES[:0]), "holds no images"),
+    ("x.npy", lambda path: np.save(path, np.array([{}], object)), "do not trust this file"),
+    ("x.beton", lambda path: path.write_bytes(b"x"), "less than a header"), ("nowhere", lambda path: None, "does not exist")])
+def test_bad_inputs_are_refused(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        inputs.read_unlabelled(tmp_path / name, 32)
+
+
+def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path):
+    created = tmp_path / "created"
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"data": Payload(str(created))}))
+    with pytest.raises(SourceError, match="do not trust this file"):
+        inputs.read_unlabelled(tmp_path / "x.pkl", 32)
+    assert not created.exists()
+
+
+# -- the program --------------------------------------------------------------------------------------------------------
+
+def test_the_csv_has_every_id_once_in_order():
+    text = as_csv(["b", "a,1"], np.array([[0.2, 0.7, 0.1], [0.5, 0.2, 0.3]]), CLASSES, names=False, proba=False)
+    assert text == 'ID,Labels\nb,1\n"a,1",0\n'
+    rows = list(csv.reader(as_csv(["b", "a"], np.array([[0.2, 0.7, 0.1], [0.1, 0.2, 0.7]]), CLASSES, names=True, proba=True).splitlines()))
+    assert rows[0] == ["ID", "Labels", *CLASSES] and rows[2] == ["a", "emu, tall", "0.100000", "0.200000", "0.700000"]
+
+
+def test_predictions_to_hand_in(run, tmp_path):
+    folder, test, _ = run
+    (tmp_path / "hidden").write_bytes(pickle.dumps({b"data": test.images, b"ids": list(range(100, 160))}, protocol=2))
+    status, output, errors = predict(tmp_path, "--checkpoint", folder, "--images", "hidden", "--out", "p.csv")
+    assert status == 0, errors
+    assert "60 images in" in output and "images/s" in output
+    rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
+    assert rows[0] == ["ID", "Labels"] and [row[0] for row in rows[1:]] == [str(i) for i in range(100, 160)]
+    expected = seresnet.load(folder).predict(test.images)
+    assert [int(row[1]) for row in rows[1:]] == expected.tolist()
+
+
+@pytest.mark.parametrize("change, message", [
+    (("--images", "nowhere"), "does not exist"), (("--checkpoint", "nowhere"), "cannot be read"),
+    (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "0"), "got 0")])
+def test_mistakes_end_in_one_message_and_nothing_written(run, tmp_path, change, message):
+    np.save(tmp_path / "x.npy", run[1].images)
+    keys = {"--checkpoint": run[0], "--images": "x.npy", "--out": "p.csv", **dict([change])}
+    status, _, errors = predict(tmp_path, *[word for pair in keys.items() for word in pair])
+    assert status == 2 and message in errors and "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
