@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The nets of the tests are tiny: a second thread gains nothing, and costs tenfold where another program has the cores (OpenMP's
+# threads then spin for one another). Programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
