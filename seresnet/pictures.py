@@ -83,10 +83,11 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     times.set_xlabel("training and evaluation (seconds)")
     times.set_ylabel("final accuracy, with TTA")
-    times.set_xlim(left=0)
     times.margins(0.1)
+    times.set_xlim(left=0)
+    times.set_ylim(top=min(times.get_ylim()[1], 1.005))
     for axes in (curves, times):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         axes.grid(alpha=0.3)
         _bare(axes)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
