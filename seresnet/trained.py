@@ -1,6 +1,7 @@
 """A trained net from its run folder: uint8 images in, probabilities out."""
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from seresnet import checkpoint, runtime
 from seresnet.augment import normalise
 from seresnet.checkpoint import CheckpointError
+from seresnet.config import SECTIONS
 from seresnet.model import SEResNet
 from seresnet.tta import VIEWS, log_probabilities
 
@@ -22,12 +24,15 @@ class TrainedNet:
     """
 
     def __init__(self, state: dict, path: Path, device: torch.device, dtype: torch.dtype):
-        arguments = {name: value for name, value in state["config"]["model"].items() if name != "max_parameters"}
+        # Keys that came after the checkpoint was written have their defaults, which are what there was before.
+        self.config = {name: {**{f.name: f.default for f in fields(section)}, **state["config"].get(name, {})}
+                       for name, section in SECTIONS.items()}
+        arguments = {name: value for name, value in self.config["model"].items() if name != "max_parameters"}
         self.model = SEResNet(**arguments)
         self.model.load_state_dict(state["model"])
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.classes, self.mean, self.std = tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"])
-        self.config, self.epochs_done = state["config"], state["epochs_done"]
+        self.epochs_done = state["epochs_done"]
         self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
 
     @torch.inference_mode()

@@ -37,6 +37,14 @@ def test_a_loaded_net_says_what_the_training_said(run):
     assert best.dtype == torch.float32 and best.epochs_done == report["best_epoch"]
 
 
+def test_a_checkpoint_from_before_a_key_existed_still_loads(run, tmp_path):
+    state = checkpoint.load(run[0] / "weights.pt")
+    del state["config"]["sources"]["image_size"], state["config"]["model"]["head_pool"], state["config"]["checkpoint"]
+    checkpoint.save(tmp_path / "weights.pt", state)
+    net = seresnet.load(tmp_path, "cpu")
+    assert net.config["sources"]["image_size"] == 0 and np.array_equal(net.predict(run[1].images), seresnet.load(run[0], "cpu").predict(run[1].images))
+
+
 @pytest.mark.parametrize("images, message", [
     (np.zeros((2, 16, 16, 3)), "float64"), (np.zeros((2, 3, 16, 16), np.uint8), r"\(2, 3, 16, 16\)"),
     (np.zeros((16, 16, 3), np.uint8), "expected uint8"), (np.zeros((2, 32, 32, 3), np.uint8), r"expected uint8 \(N, 16, 16, 3\)")])
