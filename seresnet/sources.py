@@ -226,18 +226,21 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
-    """uint8 (N, H, W, 3), all of one size: source.image_size, or the first one's."""
-    images = None
-    for i, file in enumerate(files):
-        image = read_image(file, size=source.image_size, fit=source.fit)
-        if images is None:
-            _check_room(len(files) * image.nbytes)
-            images = np.empty((len(files), *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            raise SourceError(f"{file}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
-                              f"{images.shape[2]} x {images.shape[1]}: bring all to one size with --sources.image_size")
-        images[i] = image
-    return images
+    return _stack(len(files), ((str(file), read_image(file, size=source.image_size, fit=source.fit)) for file in files))
+
+
+def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    """uint8 (count, H, W, 3) from `count` named images. Raises SourceError, naming the image, where one has another size."""
+    stacked = np.empty((0, 0, 0, 3), np.uint8)
+    for i, (name, image) in enumerate(images):
+        if i == 0:
+            _check_room(count * image.nbytes)
+            stacked = np.empty((count, *image.shape), np.uint8)
+        if image.shape != stacked.shape[1:]:
+            raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
+                              f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with --sources.image_size")
+        stacked[i] = image
+    return stacked
 
 
 def _check_room(needed: int) -> None:
@@ -344,21 +347,18 @@ def _read_parquet(source: Source) -> ImageSet:
                 raise SourceError(f"{file}: is no readable parquet file ({type(error).__name__}): fetch it again") from error
         if any(type(label) is not int or label < 0 for label in labels):
             raise SourceError(f"{source.path}: {split} has samples without a label: a set to train on needs one each")
-        images = None
-        for i, content in enumerate(contents):
-            content = content.get("bytes") if isinstance(content, dict) else content
-            if not isinstance(content, bytes):
-                raise SourceError(f"{source.path}: {split} image {i} is no bytes in the file: expected them in the table")
-            image = read_image(io.BytesIO(content), f"{source.path}: {split} image {i}", source.image_size, source.fit)
-            if images is None:
-                _check_room(len(contents) * image.nbytes)
-                images = np.empty((len(contents), *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                raise SourceError(f"{source.path}: {split} image {i} is {image.shape[1]} x {image.shape[0]} pixels, those before "
-                                  "it are not: bring all to one size with --sources.image_size")
-            images[i] = image
+        images = _stack(len(contents), (_cell(content, f"{source.path}: {split} image {i}", source)
+                                        for i, content in enumerate(contents)))
         read[split] = images, np.array(labels, np.int64)
     return _image_set(source, source.path.resolve().name, read, classes)
+
+
+def _cell(content: object, where: str, source: Source) -> tuple[str, np.ndarray]:
+    """The image in one cell of a table: its bytes, or a struct with them."""
+    content = content.get("bytes") if isinstance(content, dict) else content
+    if not isinstance(content, bytes):
+        raise SourceError(f"{where}: is no bytes in the file: expected them in the table")
+    return where, read_image(io.BytesIO(content), where, source.image_size, source.fit)
 
 
 def _hub_classes(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
