@@ -1,4 +1,4 @@
-"""uint8 batch -> normalised float batch on the device: flip, translate, cutout; whole-batch, pure functions.
+"""uint8 batch -> normalised float batch on the device: flip, crop and shift, cutout, jitter; whole-batch, pure functions.
 
 Images come in as uint8 (B, 3, H, W) with channels-last strides, as the loader yields them, and leave `normalise` as
 `dtype` (B, 3, H, W), channels-last. Every random number comes from the torch.Generator handed in (alternating flip:
@@ -16,25 +16,32 @@ FLIPS = ("none", "random", "alternating")
 
 def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip: str, translate: int, padding: str,
                 cutout: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-                generator: torch.Generator, seed: int = 0) -> torch.Tensor:
+                generator: torch.Generator, seed: int = 0, side: int = 0, brightness: float = 0.0,
+                contrast: float = 0.0) -> torch.Tensor:
     """Augment and normalise one training batch.
 
     images: uint8 (B, 3, H, W), channels-last. indices: int64 (B,), the samples' numbers (alternating flip follows
     them from epoch to epoch). epoch: from 0. flip: one of FLIPS. translate: pixels, 0 for none. padding: one of
     PADDINGS. cutout: side of the square in pixels, 0 for none. mean, std: a channel, in pixel values 0..255.
-    Returns `dtype` (B, 3, H, W), channels-last. Raises ValueError for a flip or padding it does not know.
+    side: of the crops in pixels, 0 for whole images; a crop lies anywhere in its image, and `translate` may take it beyond.
+    brightness: largest shift, in standard deviations; contrast: largest relative change; either way, an image (see `jitter`).
+    Returns `dtype` (B, 3, H, W), or (B, 3, side, side), channels-last. Raises ValueError for a flip or padding it does not know.
     """
     count, _, height, width = images.shape
     if flip not in FLIPS:
         raise ValueError(f"flip: {flip!r} is not one of {', '.join(FLIPS)}")
     flips = {"none": lambda: None, "random": lambda: random_flips(count, generator),
              "alternating": lambda: alternating_flips(indices, epoch, seed)}[flip]()
-    shifts = random_shifts(count, translate, generator) if translate else None
+    reach = max(translate, (height - side + 1) // 2 if side else 0)
+    shifts = random_shifts(count, reach, generator) if reach else None
     if flips is not None or shifts is not None:
-        images = flip_and_shift(images, flips, shifts, padding, mean)
+        images = flip_and_shift(images, flips, shifts, padding, mean, side)
     if cutout:
-        images = cut_out(images, random_centres(count, height, width, generator), cutout, mean)
-    return normalise(images, mean, std, dtype)
+        images = cut_out(images, random_centres(count, *images.shape[2:], generator), cutout, mean)
+    if not (brightness or contrast):
+        return normalise(images, mean, std, dtype)
+    amounts = random_jitter(count, brightness, contrast, generator)
+    return jitter(normalise(images, mean, std, torch.float32), amounts).to(dtype)
 
 
 def random_flips(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -78,14 +85,26 @@ def random_centres(count: int, height: int, width: int, generator: torch.Generat
     return (unit * unit.new_tensor([height, width])).long()
 
 
+def random_jitter(count: int, brightness: float, contrast: float, generator: torch.Generator) -> torch.Tensor:
+    """float32 (count, 2) of (shift, factor), uniform in [-brightness, brightness] and [1 - contrast, 1 + contrast]."""
+    unit = torch.rand(count, 2, generator=generator, device=generator.device) * 2 - 1
+    return unit * unit.new_tensor([brightness, contrast]) + unit.new_tensor([0.0, 1.0])
+
+
+def crop_side(sides: Sequence[int], epoch: int, epochs: int) -> int:
+    """The side of the crops in `epoch` (from 0) of `epochs`, of which each of `sides` gets an equal share; 0 without sides."""
+    return sides[epoch * len(sides) // epochs] if sides else 0
+
+
 def flip_and_shift(images: torch.Tensor, flips: torch.Tensor | None, shifts: torch.Tensor | None, padding: str,
-                   fill: Sequence[float]) -> torch.Tensor:
-    """Mirror some images left to right, then move each by its own number of pixels, in one gather.
+                   fill: Sequence[float], side: int = 0) -> torch.Tensor:
+    """Mirror some images left to right, then move each by its own number of pixels and keep the middle, in one gather.
 
     images: uint8 (B, 3, H, W), channels-last. flips: bool (B,), None for no flip. shifts: int64 (B, 2), pixels (down,
     right), smaller than the image's side, None for no shift. padding, what is seen beyond the old edge: `reflect`
     mirrors about the edge pixel (which is not repeated), `constant` shows the colour `fill` (a channel, 0..255;
-    rounded), `zero` black. Returns the same shape, dtype and layout. Raises ValueError for an unknown padding.
+    rounded), `zero` black. side: of the square that is kept, in pixels, 0 for all; where it cannot lie in the very middle, half
+    a pixel up and left of it. Returns the same dtype and layout, (B, 3, side, side). Raises ValueError for an unknown padding.
 
     Shifting is padding and cropping (He et al., arXiv 1512.03385, section 4.2) without the padded copy: the source
     row and column of each output pixel are computed on (B, H) and (B, W) integers, then all pixels move once.
@@ -93,8 +112,9 @@ def flip_and_shift(images: torch.Tensor, flips: torch.Tensor | None, shifts: tor
     if padding not in PADDINGS:
         raise ValueError(f"padding: {padding!r} is not one of {', '.join(PADDINGS)}")
     count, channels, height, width = images.shape
-    rows = torch.arange(height, device=images.device).expand(count, height)
-    columns = torch.arange(width, device=images.device).expand(count, width)
+    tall, wide = (side, side) if side else (height, width)
+    rows = torch.arange(tall, device=images.device).expand(count, tall) + (height - tall) // 2
+    columns = torch.arange(wide, device=images.device).expand(count, wide) + (width - wide) // 2
     inside = None
     if shifts is not None:
         rows, columns = rows - shifts[:, :1], columns - shifts[:, 1:]
@@ -108,11 +128,11 @@ def flip_and_shift(images: torch.Tensor, flips: torch.Tensor | None, shifts: tor
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)    # a view where the batch is channels-last
     rows = rows + torch.arange(count, device=images.device)[:, None] * height
     source = rows[:, :, None] * width + columns[:, None, :]
-    moved = pixels.index_select(0, source.flatten()).view(count, height, width * channels)
+    moved = pixels.index_select(0, source.flatten()).view(count, tall, wide * channels)
     if inside is not None:
         beyond = fill if padding == "constant" else (0,) * channels
-        moved = torch.where(inside, moved, _row([round(value) for value in beyond], width, images))
-    return moved.view(count, height, width, channels).permute(0, 3, 1, 2)
+        moved = torch.where(inside, moved, _row([round(value) for value in beyond], wide, images))
+    return moved.view(count, tall, wide, channels).permute(0, 3, 1, 2)
 
 
 def cut_out(images: torch.Tensor, centres: torch.Tensor, side: int, fill: Sequence[float]) -> torch.Tensor:
@@ -139,6 +159,14 @@ def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float],
     offset = _row([-m / s for m, s in zip(mean, std)], width, flat)
     flat = torch.addcmul(offset, flat, scale).to(dtype)
     return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def jitter(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Brightness and contrast an image: (image + shift) * factor. images: float (B, 3, H, W), normalised; changed in place and
+    returned. amounts: float (B, 2), shift and factor. As in Krizhevsky's cuda-convnet tutorial, on normalised values.
+    """
+    shift, factor = amounts[:, :, None, None, None].unbind(1)
+    return images.add_(shift).mul_(factor)
 
 
 def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:

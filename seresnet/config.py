@@ -89,6 +89,10 @@ class Augment:
     padding: str = key("reflect", "what a shift uncovers: the mirrored image, the mean colour, or black",
                        one_of=("reflect", "constant", "zero"))
     cutout: int = key(0, "side in pixels of the square that is covered; 0 for none", at_least=0)
+    sides: list[int] = key((), "sides in pixels of random crops, each for an equal share of the epochs; empty for whole images",
+                           at_least=4, lengths=range(65))
+    brightness: float = key(0.0, "largest shift of an image's brightness, in standard deviations of the set", at_least=0)
+    contrast: float = key(0.0, "largest relative change of an image's contrast", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ class Evaluate:
                      one_of=("test", "holdout"))
     holdout_size: int = key(5000, "images in the holdout, balanced over the classes", at_least=1)
     tta: str = key("flip", "test-time augmentation of the final evaluation: views averaged before the decision",
-                   one_of=("none", "flip"))
+                   one_of=("none", "flip", "flip_shift"))
+    tta_sure: float = key(1.0, "images that the first view gives a class more than this probability are not looked at again",
+                          above=0, at_most=1)
     batch_size: int = key(1000, "images a forward pass", at_least=1)
     every: int = key(1, "epochs between evaluations (the last epoch always is); 0 for the last alone", at_least=0)
 
@@ -347,6 +353,9 @@ def _contradictions(c: Config) -> list[str]:
         if 0 < c.model.image_size <= getattr(c.augment, name):
             found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "
                          f"{c.model.image_size}")
+    for side in c.augment.sides:
+        if 0 < c.model.image_size < side:
+            found.append(f"augment.sides: got {side}, expected at most model.image_size = {c.model.image_size}")
     for name in ("channels", "kernels", "shortcut_kernels"):
         length, stages = len(getattr(c.model, name)), len(c.model.blocks)
         if length not in (1, stages):

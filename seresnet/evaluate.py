@@ -30,18 +30,18 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable, *, samples: int, mean: Sequence[float], std: Sequence[float],
-             tta: str, dtype: torch.dtype, device: torch.device) -> Evaluation:
+             tta: str, dtype: torch.dtype, device: torch.device, sure: float = 1.0) -> Evaluation:
     """Accuracy and mean cross-entropy of `model` over `batches` (of loader.Batch), with and without the views.
 
     samples: how many there must be; RuntimeError where another number was seen. mean, std: a channel, in pixel values,
-    those of the training split. The model is in evaluation mode while it runs and as it was afterwards.
+    those of the training split. tta, sure: as of tta.log_probabilities. The model is in evaluation mode while it runs and as it was afterwards.
     """
     was_training = model.training
     model.eval()
     plain, together = Tally(device), Tally(device)
     try:
         for batch in batches:
-            first, mean_view = log_probabilities(model, normalise(batch.images, mean, std, dtype), tta, dtype)
+            first, mean_view = log_probabilities(model, normalise(batch.images, mean, std, dtype), tta, dtype, sure)
             for tally, scores in ((plain, first), (together, mean_view)):
                 tally.add(scores, batch.labels, F.nll_loss(scores, batch.labels))
     finally:

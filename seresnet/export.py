@@ -1,7 +1,7 @@
 """A trained net -> one file that needs nothing of ours: python -m seresnet.export --checkpoint runs/X --format onnx|torchscript|exported
 
 In go uint8 RGB images (N, H, W, 3), as they lie in memory; out come float32 probabilities (N, classes): normalisation, and
-with `--tta flip` the mirrored view, are inside. The file is checked against the net on test images with the format's own
+with `--tta` the other views, are inside. The file is checked against the net on test images with the format's own
 runtime before it takes its name. Exit status: 0 done, 2 something to mend, 1 where the file does not do what the net does.
 """
 from __future__ import annotations
@@ -40,8 +40,7 @@ class WithNormalisation(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = (images.permute(0, 3, 1, 2).float() - self.mean) * self.scale
-        views = [F.softmax(self.model(view(x)), dim=1) for view in VIEWS[self.tta]]
-        return torch.stack(views).mean(0)
+        return torch.stack([share * F.softmax(self.model(view(x)), dim=1) for share, view in VIEWS[self.tta]]).sum(0)
 
 
 def export(net: trained.TrainedNet, kind: str, path: Path, tta: str = "none") -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from seresnet import checkpoint, report, runtime
-from seresnet.augment import normalise, train_batch
+from seresnet.augment import crop_side, normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import Config
@@ -62,6 +62,9 @@ def prepare(config: Config) -> tuple[Config, Data, SEResNet]:
             model = build_model(config)
         except ValueError as error:
             problems += [f"model.{line}" for line in str(error).splitlines()]
+    if model is not None and config.augment.sides and not model.takes(min(config.augment.sides)):
+        problems.append(f"augment.sides: got {min(config.augment.sides)}, and {len(config.model.blocks)} stages leave nothing of "
+                        "images that small: give larger sides, or fewer stages")
     if "train" in betons and config.evaluate.split == "holdout" and config.evaluate.holdout_size >= betons["train"].samples:
         problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the "
                         f"{betons['train'].samples} images of {config.beton.train}")
@@ -165,6 +168,7 @@ class Session:
             self.generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
             torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
         settings = asdict(config.augment)
+        settings["side"] = crop_side(settings.pop("sides"), epoch, config.loop.epochs)
 
         def augment(batch: Batch) -> torch.Tensor:
             return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
@@ -180,7 +184,8 @@ class Session:
     def evaluate(self, tta: str, watch: Callable[[Iterable], Iterable] = iter) -> Evaluation:
         """Accuracy and loss on the evaluation split, whose batches pass through `watch`."""
         return evaluate(self.model, watch(self.test_batches.epoch(0)), samples=self.test_batches.samples, tta=tta,
-                        mean=self.data.train.mean, std=self.data.train.std, dtype=self.dtype, device=self.device)
+                        sure=self.config.evaluate.tta_sure, mean=self.data.train.mean, std=self.data.train.std,
+                        dtype=self.dtype, device=self.device)
 
 
 def open_session(config: Config, device: torch.device, data: Data, model: SEResNet) -> Session:

@@ -159,6 +159,13 @@ class SEResNet(nn.Module):
         x = x.amax((2, 3)) if self.head_pool == "max" else x.mean((2, 3))
         return self.head(self.dropout(x))
 
+    def takes(self, side: int) -> bool:
+        """Whether images of `side` pixels are large enough for all stages: the net fits every size that is."""
+        side -= isinstance(self.stem[0], nn.Conv2d) and self.stem[0].padding == (0, 0)
+        for module in self.stages.modules():
+            side = side // 2 if isinstance(module, nn.MaxPool2d) else side
+        return side >= 1
+
     @property
     def wants_whitening(self) -> bool:
         """Whether `whiten` has to be called once, with training images, before the net is trained."""

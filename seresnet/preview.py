@@ -27,7 +27,9 @@ def augmented(settings: config.Config, images: int, epochs: int) -> tuple[np.nda
         for epoch in range(epochs):
             seen = session.parts(epoch)["augment"](batch).float()
             mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.train.mean, data.train.std))
-            columns.append((seen * std + mean).round().clamp(0, 255).to(torch.uint8))
+            seen = (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
+            margin = data.train.height - seen.shape[2]    # of a crop: black
+            columns.append(torch.nn.functional.pad(seen, (margin // 2, margin - margin // 2) * 2))
         for i in range(len(batch.images)):
             shown += [column[i].permute(1, 2, 0).numpy() for column in columns]
             captions += [data.train.classes[int(batch.labels[i])], *[""] * epochs]
@@ -48,6 +50,7 @@ def main() -> None:
     shown, captions = augmented(settings, own.images, own.epochs)
     a = settings.augment
     title = f"{settings.recipe}: flip {a.flip}, translate {a.translate} ({a.padding}), cutout {a.cutout}"
+    title += f", crops {list(a.sides)}" if a.sides else ""
     pictures.draw_sheet(shown, captions, title, Path(own.out), columns=own.epochs + 1,
                         column_titles=["original", *(f"epoch {i + 1}" for i in range(own.epochs))])
     report.say(f"{len(shown) // (own.epochs + 1)} images, {own.epochs} epochs of each: {own.out}")

@@ -43,6 +43,47 @@ def test_flip_and_shift_equal_the_reference_for_each_sample(padding, flipping, s
     assert got.dtype == torch.uint8 and got.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("padding", augment.PADDINGS)
+@pytest.mark.parametrize("side", [5, 8, 9])
+def test_crops_are_the_middle_of_the_moved_image(padding, side):
+    images = batch(width=9)
+    shifts = augment.random_shifts(len(images), 4, torch.Generator().manual_seed(1))
+    got = augment.flip_and_shift(images, None, shifts, padding, MEAN, side)
+    first = (9 - side) // 2
+    for i, image in enumerate(images.numpy()):
+        moved = slow_shift(image, int(shifts[i, 0]), int(shifts[i, 1]), padding, MEAN)
+        assert np.array_equal(got[i].numpy(), moved[:, first:first + side, first:first + side]), i
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_crop_lies_anywhere_in_its_image_and_nowhere_else():
+    where = torch.arange(12 * 12, dtype=torch.uint8).view(1, 1, 12, 12).expand(4000, 3, 12, 12)
+    images = where.contiguous(memory_format=torch.channels_last)
+    crops = train_batch(images, flip="none", translate=0, cutout=0, side=8, mean=(0, 0, 0), std=(1, 1, 1))
+    corners = crops[:, 0, 0, 0].long()
+    assert sorted(set(corners.tolist())) == [row * 12 + column for row in range(5) for column in range(5)]
+    assert torch.equal(crops[:, 0, 7, 7].long(), corners + 7 * 12 + 7)
+
+
+def test_every_side_gets_its_share_of_the_epochs():
+    assert [augment.crop_side([20, 28, 32], epoch, 9) for epoch in range(9)] == [20] * 3 + [28] * 3 + [32] * 3
+    assert [augment.crop_side([24, 32], epoch, 5) for epoch in range(5)] == [24, 24, 24, 32, 32]
+    assert augment.crop_side([], 3, 9) == 0
+
+
+def test_jitter_is_the_formula_for_each_image():
+    images = batch()
+    amounts = augment.random_jitter(len(images), 0.2, 0.1, torch.Generator().manual_seed(3))
+    plain = augment.normalise(images, MEAN, STD, torch.float32)
+    got = augment.jitter(plain.clone(memory_format=torch.preserve_format), amounts)
+    for i, (shift, factor) in enumerate(amounts.tolist()):
+        assert torch.allclose(got[i], (plain[i] + shift) * factor, atol=1e-6)
+        assert abs(shift) <= 0.2 and 0.9 <= factor <= 1.1
+    many = augment.random_jitter(5000, 0.2, 0.1, torch.Generator().manual_seed(4))
+    assert many[:, 0].min() < -0.19 and many[:, 0].max() > 0.19 and many[:, 1].min() < 0.905 and many[:, 1].max() > 1.095
+    assert not torch.equal(train_batch(images, brightness=0.2), train_batch(images, brightness=0.2, seed=1))
+
+
 @pytest.mark.parametrize("side", [1, 4, 5, 30])
 def test_cutout_equals_the_reference_for_each_sample(side):
     images = batch()

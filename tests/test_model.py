@@ -176,3 +176,14 @@ def test_budget_message_has_both_numbers():
 def test_values_that_make_no_net_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         net(**settings)
+
+
+@pytest.mark.parametrize("settings", [dict(stem="whiten", downsample="pool"), dict(downsample="pool"), dict()])
+def test_takes_says_which_sides_the_net_can_be_given(settings):
+    net = m.SEResNet(**{**SMALL, "blocks": [1, 1, 1]}, **settings).eval()
+    for side in range(2, 20):
+        try:
+            works = net(torch.zeros(1, 3, side, side)).shape == (1, 5)
+        except RuntimeError:
+            works = False
+        assert net.takes(side) == works, side
