@@ -1,0 +1,155 @@
+"""Accuracy and time of a recipe over seeds: python -m benchmarks.time_to_accuracy --config-file rn_configs/se94.yaml --seeds 5 --out DIR
+
+Every seed is a program of its own, started as a user starts it, one after the other: `seconds` are those between its start and
+its end, imports and compilation included. Each leaves its run folder in DIR/<recipe>/seed-N. Called again, the series
+goes on where it was interrupted, inside a run if need be; runs of another config are refused, not mixed in, and those of another commit are named.
+The seeds start at --first-seed: take seeds that were not used for tuning.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from benchmarks import keep
+from seresnet import config, report, runtime
+
+PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
+PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
+
+
+def accuracy_figures(values: Sequence[float], target: float | None, confidence: float = 0.95) -> dict[str, float | None]:
+    """Mean, standard deviation, least and greatest of accuracies (fractions); the confidence interval of the mean, and the
+    probability that the true mean lies below `target`, both by Student's t (None for fewer than two values, or no target).
+
+    The probability is the posterior one under a flat prior on mean and log deviation (Gelman et al., Bayesian Data Analysis,
+    section 3.2), which is also the p-value of the one-sided test that the mean is at least the target.
+    """
+    from scipy import stats
+    n, mean = len(values), statistics.fmean(values)
+    found = {"n": n, "mean": mean, "standard_deviation": None, "min": min(values), "max": max(values), "interval_low": None,
+             "interval_high": None, "probability_below_target": None}
+    if n < 2:
+        return found
+    deviation = statistics.stdev(values)
+    error = deviation / math.sqrt(n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    found.update(standard_deviation=deviation, interval_low=mean - half, interval_high=mean + half)
+    if target is not None:
+        found["probability_below_target"] = (float(stats.t.cdf((target - mean) / error, n - 1)) if error
+                                             else float(mean < target))
+    return found
+
+
+def run_seed(settings: config.Config, seed: int, folder: Path) -> dict:
+    """The report of the run of `seed` in `folder`: read where it has ended, gone on with where it was stopped, else started.
+
+    Raises UserError where the folder holds a run of another config, or the program fails.
+    """
+    if (folder / "config.yaml").exists():
+        refuse_another(settings, seed, folder)
+    if (folder / "report.json").exists():
+        return read_report(folder)
+    if (folder / "last.pt").exists():
+        arguments = ["--run.resume", str(folder)]
+    else:
+        if folder.exists():    # killed before its first checkpoint: nothing in it is worth keeping
+            shutil.rmtree(folder)
+        resolved = folder.with_name(f"{settings.recipe}.yaml")
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(resolved, yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        arguments = ["--config-file", str(resolved), "--run.seed", str(seed), "--run.folder", str(folder)]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise runtime.UserError(f"seed {seed}: the training ended with status {done.returncode}: {done.stderr.strip()[-500:]}: "
+                                "mend it and start this series again, it goes on where it was")
+    report.write_text(folder / "series.json", json.dumps({"seconds": seconds}) + "\n")
+    return read_report(folder)
+
+
+def read_report(folder: Path) -> dict:
+    """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece."""
+    outcome = json.loads((folder / "report.json").read_text())
+    series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text())
+    whole = series.exists() and not outcome["resumed"]
+    return {**outcome, "commit": environment["commit"],
+            "seconds": json.loads(series.read_text())["seconds"] if whole else None}
+
+
+def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
+    """Raise UserError where the run in `folder` is not one of these settings and this seed."""
+    wanted = settings.as_dict()
+    wanted["run"].update(seed=seed, folder=str(folder))
+    try:
+        found = config.read_file(str(folder / "config.yaml"))
+    except config.ConfigError as error:
+        raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
+    differing = [f"{section}.{key}: {found.get(f'{section}.{key}')} there, {value} here" for section, values in wanted.items()
+                 for key, value in values.items() if found.get(f"{section}.{key}") != value]
+    if differing:
+        raise runtime.UserError(*(f"{folder}: {line}: choose another --out, or remove it" for line in differing))
+
+
+def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
+    """Every run, then the figures over them, as Markdown."""
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+    rows = [(str(run["seed"]), f"{run['accuracy']:.2%}", f"{run['accuracy_tta']:.2%}", seconds(run["train_seconds"]),
+             seconds(run["eval_seconds"]), seconds(run["startup_seconds"]), seconds(run["seconds"])) for run in runs]
+    lines = [report.table(("seed", "accuracy", "with TTA", "training, s", "evaluation, s", "start-up, s", "program, s"), rows), ""]
+    lines.append(f"with TTA: mean {figures['mean']:.3%}, n = {figures['n']}, min {figures['min']:.2%}, max {figures['max']:.2%}")
+    if figures["n"] > 1:
+        lines[-1] += (f", standard deviation {figures['standard_deviation']:.3%}, 95% confidence interval of the mean "
+                      f"{figures['interval_low']:.3%} to {figures['interval_high']:.3%}")
+    if figures["probability_below_target"] is not None:
+        lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
+    if len({run["commit"] for run in runs}) > 1:
+        lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
+    medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
+    lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="runs (default 5)")
+    parser.add_argument("--first-seed", type=int, default=100, help="seed of the first; the others follow it (default 100)")
+    parser.add_argument("--target", type=float, help="accuracy with TTA, a fraction such as 0.94, that is to be reached")
+    parser.add_argument("--out", default="series", help="folder for the run folders and <recipe>.json (default series)")
+    settings, own = config.parse(sys.argv[1:], parser)
+    problems = [f"--{name}: got {value}, expected {least} and more" for name, value, least in
+                (("seeds", own.seeds, 1), ("first-seed", own.first_seed, 0)) if value < least]
+    if own.target is not None and not 0 < own.target < 1:
+        problems.append(f"--target: got {own.target}, expected a fraction such as 0.94")
+    if settings.run.folder or settings.run.resume:
+        problems.append("run.folder, run.resume: the series gives each run a folder of its own: leave them out")
+    if problems:
+        raise runtime.UserError(*problems)
+    runs = []
+    for seed in range(own.first_seed, own.first_seed + own.seeds):
+        run = run_seed(settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
+        runs.append(run)
+        print(f"seed {seed}: {run['accuracy_tta']:.2%} in {run['train_seconds']:.1f} s of training and "
+              f"{run['eval_seconds']:.1f} s of evaluation", flush=True)
+    figures = accuracy_figures([run["accuracy_tta"] for run in runs], own.target)
+    print("\n" + tables(runs, figures, own.target))
+    names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "images_per_second", "resumed", "commit")
+    keep(own.out, settings.recipe, settings.recipe, {
+        "target": own.target, "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
+        "median_seconds": {part: statistics.median(run[part] for run in runs) for part in PARTS},
+        "runs": [{name: run[name] for name in names} for run in runs], "config": settings.as_dict()})
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)

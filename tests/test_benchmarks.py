@@ -1,0 +1,71 @@
+"""Benchmarks: the figures they make of what they measured. That they run is tested end to end."""
+import json
+import math
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import time_to_accuracy
+from seresnet import runtime
+
+
+def test_accuracy_figures_are_students():
+    values = [0.938, 0.941, 0.940, 0.943, 0.939]
+    found = time_to_accuracy.accuracy_figures(values, 0.94)
+    # worked by hand: mean 0.9402, deviation sqrt(3.7e-6), t(0.975, 4) = 2.776445, t = -0.2 / sqrt(0.74) = -0.232495
+    assert found["mean"] == pytest.approx(0.9402) and found["standard_deviation"] == pytest.approx(math.sqrt(3.7e-6))
+    half = 2.776445 * math.sqrt(3.7e-6 / 5)
+    assert found["interval_low"] == pytest.approx(0.9402 - half, abs=1e-8)
+    assert found["interval_high"] == pytest.approx(0.9402 + half, abs=1e-8)
+    # Student's distribution of 4 degrees of freedom in closed form
+    t = (0.94 - 0.9402) / math.sqrt(3.7e-6 / 5)
+    below = 0.5 + 0.375 * t * (4 / (4 + t * t))**0.5 * (1 - t * t / (4 + t * t) / 3)
+    assert found["probability_below_target"] == pytest.approx(below, abs=1e-6)
+    assert found["min"] == 0.938 and found["n"] == 5
+
+
+def test_what_few_values_cannot_tell_is_left_open():
+    assert time_to_accuracy.accuracy_figures([0.94], 0.95)["probability_below_target"] is None
+    assert time_to_accuracy.accuracy_figures([0.94, 0.94], 0.95)["probability_below_target"] == 1
+    assert time_to_accuracy.accuracy_figures([0.94, 0.94], None)["probability_below_target"] is None
+
+
+@pytest.fixture(scope="module")
+def series(run, tmp_path_factory):
+    """Arguments of a series on the three colours; its folder."""
+    folder = tmp_path_factory.mktemp("series")
+    settings = yaml.safe_load((run[0] / "config.yaml").read_text())
+    settings["run"]["folder"], settings["loop"]["epochs"] = "", 1
+    (folder / "colours.yaml").write_text(yaml.safe_dump(settings))
+    return ["time_to_accuracy", "--config-file", str(folder / "colours.yaml"), "--out", str(folder / "out"), "--seeds", "2",
+            "--target", "0.2"], folder / "out"
+
+
+def test_a_series_runs_tells_and_goes_on_where_it_was(series, monkeypatch, capsys):
+    arguments, out = series
+    monkeypatch.setattr(sys, "argv", arguments[:-4] + ["--seeds", "1"])
+    time_to_accuracy.main()
+    first = (out / "colours/seed-100/report.json").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", arguments)
+    time_to_accuracy.main()
+    assert (out / "colours/seed-100/report.json").stat().st_mtime_ns == first, "a finished run was run again"
+    record = json.loads((out / "colours.json").read_text())
+    assert [run["seed"] for run in record["runs"]] == [100, 101] and record["figures"]["n"] == 2
+    assert all(run["seconds"] > run["train_seconds"] for run in record["runs"])
+    assert json.loads((out / "colours/seed-101/report.json").read_text())["recipe"] == "colours"
+    output = capsys.readouterr().out
+    assert "probability that the true mean is below 20.00%" in output and "| 101 " in output
+
+
+def test_runs_of_another_config_are_not_mixed_in(series, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*series[0], "--optim.lr", "0.2"])
+    with pytest.raises(runtime.UserError, match="optim.lr: 0.1 there, 0.2 here"):
+        time_to_accuracy.main()
+
+
+def test_mistakes_are_named(series, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy", "--seeds", "0", "--target", "94", "--run.folder", "x"])
+    with pytest.raises(runtime.UserError) as caught:
+        time_to_accuracy.main()
+    assert len(caught.value.problems) == 3
