@@ -2,11 +2,12 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks import time_to_accuracy
+from benchmarks import scaling, time_to_accuracy
 from seresnet import runtime
 
 
@@ -69,3 +70,31 @@ def test_mistakes_are_named(series, monkeypatch):
     with pytest.raises(runtime.UserError) as caught:
         time_to_accuracy.main()
     assert len(caught.value.problems) == 3
+
+
+def test_growth_is_the_exponent_and_what_is_steep_is_marked():
+    sides = [{"value": side, "images_per_second": 1e6 / side**2 / (1 if side < 96 else 2), "step_seconds": 1.0} for side in (32, 64, 96)]
+    rows = scaling.with_growth("side", sides)
+    assert rows[0]["growth"] is None and rows[1]["growth"] == pytest.approx(1)
+    assert rows[2]["growth"] == pytest.approx(1 + math.log(2) / math.log(96**2 / 64**2))
+    text = scaling.table("side", rows).splitlines()
+    assert "1.00 |" in text[3] and "steep" in text[4] and "steep" not in text[3]
+    sets = scaling.with_growth("images", [{"value": n, "images_per_second": 1, "epoch_seconds": 3.0 * n, "own_memory_mib": 1} for n in (1, 8)])
+    assert sets[1]["growth"] == pytest.approx(1)
+    cores = scaling.with_growth("cores", [{"value": n, "images_per_second": n**0.5, "step_seconds": 1.0} for n in (1, 2)])
+    assert cores[1]["growth"] == pytest.approx(0.5)
+
+
+def test_scaling_measures_every_axis(tmp_path, monkeypatch, capsys):
+    """Cells are processes: one value an axis, and two of the cheapest."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(sys, "argv", ["scaling", "--config-file", "rn_configs/digits.yaml", "--axis", "batch,images", "--set", "500",
+                                      "--most", "2", "--seconds", "0.1", "--out", str(tmp_path)])
+    monkeypatch.setitem(scaling.AXES, "batch", (2,))
+    scaling.main()
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["value"] for row in record["axes"]["images"]] == [1, 2] and len(record["axes"]["batch"]) == 1
+    for row in record["axes"]["images"]:
+        assert row["own_memory_mib"] > 0 and row["epoch_seconds"] > 0
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    assert "| times the images |" in capsys.readouterr().out
