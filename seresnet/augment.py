@@ -1,4 +1,5 @@
-"""uint8 batch -> normalised float batch on the device: flip, crop and shift, cutout, jitter; whole-batch, pure functions.
+"""uint8 batch -> normalised float batch on the device: flip, crop and shift, cutout, blur, jitter, noise; whole-batch, pure
+functions.
 
 Images come in as uint8 (B, 3, H, W) with channels-last strides, as the loader yields them, and leave `normalise` as
 `dtype` (B, 3, H, W), channels-last. Every random number comes from the torch.Generator handed in (alternating flip:
@@ -17,7 +18,7 @@ FLIPS = ("none", "random", "alternating")
 def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip: str, translate: int, padding: str,
                 cutout: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
                 generator: torch.Generator, seed: int = 0, side: int = 0, brightness: float = 0.0,
-                contrast: float = 0.0) -> torch.Tensor:
+                contrast: float = 0.0, blur: float = 0.0, noise: float = 0.0) -> torch.Tensor:
     """Augment and normalise one training batch.
 
     images: uint8 (B, 3, H, W), channels-last. indices: int64 (B,), the samples' numbers (alternating flip follows
@@ -25,6 +26,8 @@ def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip
     PADDINGS. cutout: side of the square in pixels, 0 for none. mean, std: a channel, in pixel values 0..255.
     side: of the crops in pixels, 0 for whole images; a crop lies anywhere in its image, and `translate` may take it beyond.
     brightness: largest shift, in standard deviations; contrast: largest relative change; either way, an image (see `jitter`).
+    blur: largest weight of a pixel's neighbour (see `soften`); noise: largest deviation of Gaussian noise, in standard deviations.
+    Each image draws its own, from 0 to the largest; 0 is off.
     Returns `dtype` (B, 3, H, W), or (B, 3, side, side), channels-last. Raises ValueError for a flip or padding it does not know.
     """
     count, _, height, width = images.shape
@@ -38,10 +41,16 @@ def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip
         images = flip_and_shift(images, flips, shifts, padding, mean, side)
     if cutout:
         images = cut_out(images, random_centres(count, *images.shape[2:], generator), cutout, mean)
-    if not (brightness or contrast):
+    if not (brightness or contrast or blur or noise):
         return normalise(images, mean, std, dtype)
-    amounts = random_jitter(count, brightness, contrast, generator)
-    return jitter(normalise(images, mean, std, torch.float32), amounts).to(dtype)
+    images = normalise(images, mean, std, torch.float32)
+    if blur:
+        images = soften(images, random_amounts(count, blur, generator))
+    if brightness or contrast:
+        images = jitter(images, random_jitter(count, brightness, contrast, generator))
+    if noise:
+        images = add_noise(images, random_amounts(count, noise, generator), random_normal(count, images.shape[1:], generator))
+    return images.to(dtype)
 
 
 def random_flips(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -89,6 +98,17 @@ def random_jitter(count: int, brightness: float, contrast: float, generator: tor
     """float32 (count, 2) of (shift, factor), uniform in [-brightness, brightness] and [1 - contrast, 1 + contrast]."""
     unit = torch.rand(count, 2, generator=generator, device=generator.device) * 2 - 1
     return unit * unit.new_tensor([brightness, contrast]) + unit.new_tensor([0.0, 1.0])
+
+
+def random_amounts(count: int, most: float, generator: torch.Generator) -> torch.Tensor:
+    """float32 (count,), uniform in [0, most)."""
+    return torch.rand(count, generator=generator, device=generator.device) * most
+
+
+def random_normal(count: int, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """float32 (count, C, H, W) for an image's `shape`, channels-last: independent standard normal values."""
+    channels, height, width = shape
+    return torch.randn(count, height, width, channels, generator=generator, device=generator.device).permute(0, 3, 1, 2)
 
 
 def crop_side(sides: Sequence[int], epoch: int, epochs: int) -> int:
@@ -167,6 +187,24 @@ def jitter(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
     """
     shift, factor = amounts[:, :, None, None, None].unbind(1)
     return images.add_(shift).mul_(factor)
+
+
+def soften(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Blur each image along both axes with the kernel (a, 1 - 2 a, a), its edge pixels repeated. images: float (B, 3, H, W).
+    amounts: float (B,), the a of each, from 0 to 1/3, which is the mean of three. Returns a new tensor of the same layout.
+    """
+    a = amounts[:, None, None, None]
+    for axis in (2, 3):
+        first, last = images.narrow(axis, 0, 1), images.narrow(axis, images.shape[axis] - 1, 1)
+        before = torch.cat([first, images.narrow(axis, 0, images.shape[axis] - 1)], axis)
+        after = torch.cat([images.narrow(axis, 1, images.shape[axis] - 1), last], axis)
+        images = images + a * (before + after - 2 * images)
+    return images
+
+
+def add_noise(images: torch.Tensor, amounts: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    """images + amounts * normal: float (B, 3, H, W), changed in place and returned; (B,); (B, 3, H, W)."""
+    return images.addcmul_(normal, amounts[:, None, None, None])
 
 
 def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:

@@ -93,6 +93,8 @@ class Augment:
                            at_least=4, lengths=range(65))
     brightness: float = key(0.0, "largest shift of an image's brightness, in standard deviations of the set", at_least=0)
     contrast: float = key(0.0, "largest relative change of an image's contrast", at_least=0, below=1)
+    blur: float = key(0.0, "largest weight of a pixel's neighbour, along both axes, in an image's blur", at_least=0, at_most=1 / 3)
+    noise: float = key(0.0, "largest deviation of an image's Gaussian noise, in standard deviations of the set", at_least=0)
 
 
 @dataclass(frozen=True)

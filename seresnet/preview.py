@@ -51,6 +51,7 @@ def main() -> None:
     a = settings.augment
     title = f"{settings.recipe}: flip {a.flip}, translate {a.translate} ({a.padding}), cutout {a.cutout}"
     title += f", crops {list(a.sides)}" if a.sides else ""
+    title += "".join(f", {name} {value:g}" for name in ("brightness", "contrast", "blur", "noise") if (value := getattr(a, name)))
     pictures.draw_sheet(shown, captions, title, Path(own.out), columns=own.epochs + 1,
                         column_titles=["original", *(f"epoch {i + 1}" for i in range(own.epochs))])
     report.say(f"{len(shown) // (own.epochs + 1)} images, {own.epochs} epochs of each: {own.out}")

@@ -84,6 +84,35 @@ def test_jitter_is_the_formula_for_each_image():
     assert not torch.equal(train_batch(images, brightness=0.2), train_batch(images, brightness=0.2, seed=1))
 
 
+def test_blur_is_the_kernel_along_both_axes_of_each_image():
+    images = torch.randn(5, 3, 7, 9, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    amounts = torch.tensor([0.0, 0.1, 0.25, 1 / 3, 0.02])
+    got = augment.soften(images, amounts)
+    for image, a, blurred in zip(images, amounts.tolist(), got):
+        padded = np.pad(image.numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
+        kernel = np.outer([a, 1 - 2 * a, a], [a, 1 - 2 * a, a])
+        want = sum(kernel[i, j] * padded[:, i:i + 7, j:j + 9] for i in range(3) for j in range(3))
+        assert np.allclose(blurred.numpy(), want, atol=1e-6)
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got[0], images[0])
+
+
+def test_noise_has_the_deviation_that_each_image_drew():
+    generator = torch.Generator().manual_seed(5)
+    amounts = augment.random_amounts(2000, 0.5, generator)
+    assert 0 <= amounts.min() < 0.01 and 0.49 < amounts.max() < 0.5
+    normal = augment.random_normal(2000, (3, 8, 8), generator)
+    got = augment.add_noise(torch.zeros(2000, 3, 8, 8).contiguous(memory_format=torch.channels_last), amounts, normal)
+    assert torch.allclose(got.std((1, 2, 3)), amounts, rtol=0.35, atol=1e-3) and abs(float(normal.mean())) < 0.01
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("amount", [dict(blur=0.3), dict(noise=0.5), dict(brightness=0.2), dict(contrast=0.2)])
+def test_every_amount_changes_the_images_and_follows_the_generator(amount):
+    plain, changed, again = train_batch(batch()), train_batch(batch(), **amount), train_batch(batch(), **amount)
+    assert torch.equal(changed, again) and not torch.allclose(plain, changed)
+    assert not torch.equal(changed, train_batch(batch(), seed=1, **amount)) and changed.dtype == torch.float32
+
+
 @pytest.mark.parametrize("side", [1, 4, 5, 30])
 def test_cutout_equals_the_reference_for_each_sample(side):
     images = batch()
