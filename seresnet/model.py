@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -70,6 +71,24 @@ class ResidualBlock(nn.Module):
         return self.activation(torch.add(self.branch(x), self.shortcut(x), alpha=self.shortcut_scale))
 
 
+class ConvBeforePool(nn.Conv2d):
+    """A 3x3 convolution of which 2x2 pooling takes the output: (B, C_in, H, W) -> (B, C_out, H, W) without what pooling drops.
+
+    Of an odd side pooling drops the last row and column. They are not computed here: the same values where pooling looks, for
+    13% less arithmetic at 15 x 15 pixels and 27% less at 7 x 7 (5% and 3% less time, records/: towards se94).
+    """
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
+        if not (odd_height or odd_width) or min(x.shape[2:]) < 2:
+            return super().forward(x)
+        x = F.pad(x, (1, 1 - odd_width, 1, 1 - odd_height))
+        return F.conv2d(x, self.weight)
+
+
 class SEResNet(nn.Module):
     """Stem, stages of residual blocks, pooling over the image, linear head.
 
@@ -122,7 +141,7 @@ class SEResNet(nn.Module):
         for i, (count, c_out, kernel, shortcut_kernel) in enumerate(zip(blocks, channels, kernels, shortcut_kernels)):
             stage: list[nn.Module] = []
             if downsample == "pool":
-                stage += [conv(width, c_out, 3), nn.MaxPool2d(2), nn.BatchNorm2d(c_out), act()]
+                stage += [ConvBeforePool(width, c_out), nn.MaxPool2d(2), nn.BatchNorm2d(c_out), act()]
                 width, side = c_out, side // 2
             for j in range(count):
                 stride = 2 if downsample == "stride" and i > 0 and j == 0 else 1

@@ -187,3 +187,16 @@ def test_takes_says_which_sides_the_net_can_be_given(settings):
         except RuntimeError:
             works = False
         assert net.takes(side) == works, side
+
+
+@pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (7, 8), (6, 9), (3, 3), (2, 3)])
+def test_what_pooling_drops_is_not_computed_and_the_rest_is_the_same(height, width):
+    torch.manual_seed(0)
+    layer, x = m.ConvBeforePool(5, 6), torch.randn(4, 5, height, width, requires_grad=True)
+    got = layer(x)
+    assert got.shape[2:] == (height // 2 * 2, width // 2 * 2)
+    pooled, want = torch.max_pool2d(got, 2), torch.max_pool2d(torch.conv2d(x, layer.weight, padding=1), 2)
+    assert torch.allclose(pooled, want, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(pooled.square().sum(), [x, layer.weight]),
+                    torch.autograd.grad(want.square().sum(), [x, layer.weight])):
+        assert torch.allclose(a, b, atol=1e-4)
