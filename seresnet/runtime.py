@@ -210,7 +210,8 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 def import_ffcv():
-    """ffcv, imported without its two side effects: one thread for all of torch, and 2.5 seconds of compilation.
+    """ffcv, imported without its side effects: one thread for all of torch, 2.5 seconds of compilation, and machine code
+    that every loader compiles anew.
 
     ffcv/fields/rgb_image.py fills a numba typed dictionary with two constants at import, for which numba compiles its
     whole dictionary; the constants are only ever read by Python, so a plain dictionary serves them as well.
@@ -224,7 +225,27 @@ def import_ffcv():
                 import ffcv
         finally:
             numba.typed.Dict = typed_dictionary
+        from ffcv.pipeline.compiler import Compiler
+        Compiler.compile = _compile_once(Compiler.compile, lambda: Compiler.num_threads > 1)
     return sys.modules["ffcv"]
+
+
+def _compile_once(compile_: Callable, parallel: Callable[[], bool]) -> Callable:
+    """FFCV's `Compiler.compile`, which gives a function that is equal to an earlier one that one's compiled form. numba never
+    frees machine code: 12 MiB a loader, and a second of compilation, add up in a process that trains many times."""
+    compiled = {}
+
+    def compile_once(code, signature=None):
+        cells = tuple(cell.cell_contents for cell in code.__closure__ or ())
+        key = code.__module__, code.__code__, cells, code.__defaults__, signature, parallel()
+        try:
+            hash(key)
+        except TypeError:    # it closes over an array
+            return compile_(code, signature)
+        if key not in compiled:
+            compiled[key] = compile_(code, signature)
+        return compiled[key]
+    return compile_once
 
 
 def lock(file: IO) -> bool:
