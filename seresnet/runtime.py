@@ -6,15 +6,17 @@ a large library is loaded.
 from __future__ import annotations
 
 import errno
+import glob
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -108,7 +110,8 @@ def run_program(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
+                               errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
             raise
         where = f"{error.filename}: " if error.filename else ""
         status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
@@ -273,6 +276,60 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of `whole_file` for the file `name` in `folder`, or for all, whose process is gone."""
+    for stale in folder.glob(f".{name}.tmp-*"):
+        owner = re.search(r"\.tmp-(\d{1,9})", stale.name)
+        if owner and (int(owner[1]) == os.getpid() or not _is_running(int(owner[1]))):
+            with suppress(OSError):
+                stale.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:    # somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a block that writes a file there; when it has ended well, that file takes the place
+    of `path`. At any moment `path` is the old file or the new one, whole, also after a power failure.
+
+    The mode follows the user's umask. A process that is killed leaves its temporary file; the next one that writes to `path`
+    removes it. OSErrors come out as they are; `path` is then untouched.
+    """
+    remove_abandoned(path.parent, glob.escape(path.name))
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):    # a folder that is gone, or read-only: the error that matters is on its way
+            temporary.unlink()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory of the machine or of the device did not suffice."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of `device`, or of the machine where it has none of its own."""
+    import torch
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[1]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory_of_machine()
 
 
 def free_memory(device: torch.device) -> int:
