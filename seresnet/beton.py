@@ -26,7 +26,7 @@ import numpy as np
 from seresnet import runtime
 from seresnet.runtime import UserError
 from seresnet.files import read_image
-from seresnet.imageset import Split, channel_statistics
+from seresnet.imageset import Split, channel_statistics, problems_of_names
 
 FORMAT = 1    # of the sidecar; raised when a reader of today could not understand it
 # The layout of FFCV 1.0.2 (ffcv/types.py, ffcv/fields/rgb_image.py), for a file with an RGB image and an integer label.
@@ -48,7 +48,8 @@ class BetonError(UserError):
 
 @dataclass(frozen=True)
 class Beton:
-    """A beton that was checked. mean, std: a channel, over this split, in pixel values (0 to 255). labels: int64 (N,)."""
+    """A beton that was checked. mean, std: a channel, over this split, in pixel values (0 to 255); std is 1 where a
+    channel never varies, since images are divided by it. labels: int64 (N,)."""
 
     path: Path
     samples: int
@@ -312,7 +313,7 @@ def _region(path: Path, layout: _Layout, sample: int) -> np.ndarray:
 
 def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
     return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
-                 tuple(sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
+                 tuple(s or 1.0 for s in sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
                  file_identity(path))
 
 
@@ -418,4 +419,8 @@ def _read_sidecar(path: Path) -> dict:
             raise BetonError(f"{place}: {entry}: got {value!r}, expected {kind}: it is damaged; {AGAIN}")
     if len(content["classes"]) < 1 or len(content["mean"]) != 3 or len(content["std"]) != 3:
         raise BetonError(f"{place}: needs class names and a mean and deviation of three channels: {AGAIN}")
+    if not all(0 <= value <= 255 for value in content["mean"] + content["std"]):    # NaN neither
+        raise BetonError(f"{place}: mean, std: got {content['mean']}, {content['std']}, expected pixel values: {AGAIN}")
+    for problem in problems_of_names(content["classes"]):
+        raise BetonError(f"{place}: {problem}: {AGAIN}")
     return content

@@ -322,10 +322,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
+@contextmanager
+def memory_explained(device: torch.device, doing: str, way_out: str) -> Iterator[None]:
+    """Turn an error of the block that says that memory did not suffice into a UserError with what was done (batch size, size of
+    the images), free and total memory, and what to change. Nothing is tried again: a smaller batch is another recipe."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory on {device} with {doing}; {free_memory(device) >> 20:,} of {total_memory(device) >> 20:,} MiB "
+                        f"are free: {way_out}; nothing was tried again") from error
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of memory of `device`, or of the machine where it has none of its own."""
     import torch
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
