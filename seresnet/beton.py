@@ -8,14 +8,16 @@ sidecar: what FFCV has no room for (class names, statistics, origin) and the has
 from __future__ import annotations
 
 import datetime
+import errno
+import glob
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import numpy as np
 from seresnet import runtime
 from seresnet.runtime import UserError
 from seresnet.files import read_image
-from seresnet.imageset import Split, channel_statistics
+from seresnet.imageset import Split, channel_statistics, problems_of_names
 
 FORMAT = 1    # of the sidecar; raised when a reader of today could not understand it
 # The layout of FFCV 1.0.2 (ffcv/types.py, ffcv/fields/rgb_image.py), for a file with an RGB image and an integer label.
@@ -46,7 +48,8 @@ class BetonError(UserError):
 
 @dataclass(frozen=True)
 class Beton:
-    """A beton that was checked. mean, std: a channel, over this split, in pixel values (0 to 255). labels: int64 (N,)."""
+    """A beton that was checked. mean, std: a channel, over this split, in pixel values (0 to 255); std is 1 where a
+    channel never varies, since images are divided by it. labels: int64 (N,)."""
 
     path: Path
     samples: int
@@ -98,51 +101,43 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
     images = np.ascontiguousarray(split.images)
     _check_writable(path, images)
     contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        _write_samples(temporary, contents, split.labels, images.shape[1:3], storage, progress)
-        layout, size = _read_layout(temporary)
-        sidecar = {
-            "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
-            "samples": len(images), "height": images.shape[1], "width": images.shape[2],
-            "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
-            "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
-            "versions": runtime.describe_versions(),
-            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-        written = _beton(temporary, layout, sidecar)
-        stored = read_images(written)
-        same = np.array_equal(stored, images) if storage == "raw" else all(
-            np.array_equal(_region(temporary, layout, i), content) for i, content in enumerate(contents))
-        if not same or not np.array_equal(written.labels, split.labels):
-            raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
-                             "that was there before is untouched")
-        sidecar.update(zip(("mean", "std"), map(list, channel_statistics(stored))))
-        runtime.sync(temporary)
-        note = Path(f"{temporary}.json")
-        note.write_text(json.dumps(sidecar, indent=1) + "\n")
-        runtime.sync(note)
-        # Two files cannot be renamed at once. Without a sidecar a beton is not used, so at no moment do an old and a
-        # new one stand side by side.
-        sidecar_path(path).unlink(missing_ok=True)
-        os.replace(temporary, path)
-        os.replace(note, sidecar_path(path))
-        runtime.sync(path.parent)
+        # Two files cannot be renamed at once; the beton is first. Without a sidecar a beton is not used, so at no moment do an
+        # old and a new one stand side by side.
+        with _alone(path), runtime.whole_file(sidecar_path(path)) as note, runtime.whole_file(path) as temporary:
+            _write_samples(temporary, contents, split.labels, images.shape[1:3], storage, progress)
+            layout, size = _read_layout(temporary)
+            sidecar = {
+                "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
+                "samples": len(images), "height": images.shape[1], "width": images.shape[2],
+                "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
+                "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
+                "versions": runtime.describe_versions(),
+                "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+            written = _beton(temporary, layout, sidecar)
+            stored = read_images(written)
+            same = np.array_equal(stored, images) if storage == "raw" else all(
+                np.array_equal(_region(temporary, layout, i), content) for i, content in enumerate(contents))
+            if not same or not np.array_equal(written.labels, split.labels):
+                raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
+                                 "that was there before is untouched")
+            sidecar.update(zip(("mean", "std"), map(list, channel_statistics(stored))))
+            note.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+            for file in (temporary, note):    # before anything that was there is touched
+                runtime.sync(file)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            sidecar_path(path).unlink(missing_ok=True)
     except OSError as error:
         raise BetonError(f"{path}: cannot be written ({error.strerror}): free space there, or choose another place with "
                          "--beton.train and --beton.test") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        Path(f"{temporary}.json").unlink(missing_ok=True)
     return open_beton(path)
 
 
 def _check_writable(path: Path, images: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.tmp-*"):    # of converters that were killed
-            owner = re.search(r"\.tmp-(\d+)", stale.name)
-            if owner and not _is_running(int(owner[1])):
-                stale.unlink(missing_ok=True)
+        runtime.remove_abandoned(path.parent, glob.escape(path.name))    # before the room is measured
         free = shutil.disk_usage(path.parent).free
     except OSError as error:
         raise BetonError(f"{path}: cannot be written ({error.strerror}): choose another place with --beton.train and "
@@ -153,14 +148,26 @@ def _check_writable(path: Path, images: np.ndarray) -> None:
                          "another place with --beton.train and --beton.test")
 
 
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:    # somebody else's
-        return True
-    return True
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other converters from `path` while the block runs. Raises BetonError where one is at work on it."""
+    place = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(place, "a") as file:
+            if not runtime.lock(file):
+                raise BetonError(f"{path}: another process is writing this file: wait for it, or choose another place with "
+                                 "--beton.train and --beton.test")
+            try:
+                if os.stat(place).st_ino != os.fstat(file.fileno()).st_ino:
+                    continue
+            except FileNotFoundError:    # its owner ended, and took it away, between our opening and our locking it
+                continue
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    place.unlink()
+            return
 
 
 def _encode_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
@@ -306,7 +313,7 @@ def _region(path: Path, layout: _Layout, sample: int) -> np.ndarray:
 
 def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
     return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
-                 tuple(sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
+                 tuple(s or 1.0 for s in sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
                  file_identity(path))
 
 
@@ -412,4 +419,8 @@ def _read_sidecar(path: Path) -> dict:
             raise BetonError(f"{place}: {entry}: got {value!r}, expected {kind}: it is damaged; {AGAIN}")
     if len(content["classes"]) < 1 or len(content["mean"]) != 3 or len(content["std"]) != 3:
         raise BetonError(f"{place}: needs class names and a mean and deviation of three channels: {AGAIN}")
+    if not all(0 <= value <= 255 for value in content["mean"] + content["std"]):    # NaN neither
+        raise BetonError(f"{place}: mean, std: got {content['mean']}, {content['std']}, expected pixel values: {AGAIN}")
+    for problem in problems_of_names(content["classes"]):
+        raise BetonError(f"{place}: {problem}: {AGAIN}")
     return content

@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -30,20 +29,13 @@ def save(path: Path | str, state: dict) -> None:
     """
     path = Path(path)
     _check_plain(state, "state")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:    # open() rather than mkstemp: the mode follows the user's umask
+        with runtime.whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        runtime.sync(path.parent)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be written ({reason}): free space there, or choose another folder with "
                               "--run.folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path | str) -> dict:

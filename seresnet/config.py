@@ -26,6 +26,12 @@ from fastargs.validation import Checker
 from seresnet.runtime import UserError
 
 
+MOST_CONVOLUTIONS = 2000    # a net of that many takes seconds to build; a slip of a finger asks for more
+# Of numbers: products and quotients of any two keys then still are float32's, in which torch's optimizers take them.
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-15, 1e30
+LARGEST_FILE = 1 << 20      # bytes of a YAML file; a recipe has a thousand
+
+
 class ConfigError(UserError):
     """The configuration is not understood; `problems` names each key, the value got and what is allowed."""
 
@@ -41,12 +47,12 @@ def key(default, help: str, *, at_least=None, above=None, below=None, at_most=No
 @dataclass(frozen=True)
 class Run:
     seed: int = key(0, "fixes initialisation, order and augmentation; seeds share none of them", at_least=0)
-    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d+)?")
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d{1,2})?")
     precision: str = key("auto", "number format of the convolutions; auto is bf16 where the hardware has it",
                          one_of=("auto", "bf16", "fp16", "fp32"))
     compile: bool = key(False, "torch.compile the net (slower than eager on the CPUs we measured)")
     tune_allocator: bool = key(True, "on Linux CPUs, restart once with glibc's allocator set for large tensors")
-    threads: int = key(0, "torch's threads on the CPU; 0 leaves torch's own choice", at_least=0)
+    threads: int = key(0, "torch's threads on the CPU; 0 leaves torch's own choice", at_least=0, at_most=1024)
     folder: str = key("", "run folder to create; empty for <report.folder>/<recipe>-<time>")
     resume: str = key("", "run folder to go on with, in its own config; auto: the newest unfinished one of this config")
 
@@ -67,6 +73,8 @@ class Sources:
 class Beton:
     train: str = key("data/cifar10_train.beton", "training split as an FFCV file")
     test: str = key("data/cifar10_test.beton", "test split as an FFCV file")
+    verify: str = key("quick", "check before a training: the structure, in milliseconds, or every byte against the sidecar's hash",
+                      one_of=("quick", "full"))
     storage: str = key("raw", "how the converter stores pixels; jpeg takes less room and loses some", one_of=("raw", "jpeg"))
     jpeg_quality: int = key(95, "of beton.storage: jpeg", at_least=1, at_most=100)
 
@@ -77,7 +85,7 @@ class Loader:
     mode: str = key("auto", "stream reads through FFCV every epoch, resident keeps the set on the device",
                     one_of=("auto", "stream", "resident"))
     workers: int = key(0, "decoding threads of FFCV; 0 for one, which is enough for raw pixels", at_least=0)
-    batches_ahead: int = key(3, "batches FFCV prepares in advance", at_least=1)
+    batches_ahead: int = key(3, "batches FFCV prepares in advance", at_least=1, at_most=1000)
     drop_last: bool = key(True, "leave out each epoch's last batch where it is not full (training only)")
 
 
@@ -99,21 +107,21 @@ class Augment:
 
 @dataclass(frozen=True)
 class Model:
-    blocks: list[int] = key((4, 4, 3), "residual blocks a stage", at_least=0, lengths=range(1, 9))
-    channels: list[int] = key((64,), "channels a stage, or one number that doubles", at_least=1, lengths=range(1, 9))
+    blocks: list[int] = key((4, 4, 3), "residual blocks a stage", at_least=0, at_most=1000, lengths=range(1, 9))
+    channels: list[int] = key((64,), "channels a stage, or one number that doubles", at_least=1, at_most=65536, lengths=range(1, 9))
     kernels: list[int] = key((3,), "odd kernel sides of the blocks' convolutions, a stage or one for all",
-                             at_least=1, lengths=range(1, 9))
+                             at_least=1, at_most=99, lengths=range(1, 9))
     shortcut_kernels: list[int] = key((1,), "odd kernel sides of the projection shortcuts, a stage or one for all",
-                                      at_least=1, lengths=range(1, 9))
-    block_depth: int = key(2, "convolutions in a block", at_least=1)
+                                      at_least=1, at_most=99, lengths=range(1, 9))
+    block_depth: int = key(2, "convolutions in a block", at_least=1, at_most=100)
     stem: str = key("conv", "3x3 convolution, or a fixed 2x2 one that whitens the training set's patches",
                     one_of=("conv", "whiten"))
-    stem_channels: int = key(0, "channels of a conv stem; 0 for the first stage's", at_least=0)
+    stem_channels: int = key(0, "channels of a conv stem; 0 for the first stage's", at_least=0, at_most=65536)
     downsample: str = key("stride", "halve the side by a strided first block, or by convolution + pooling ahead",
                           one_of=("stride", "pool"))
     se: str = key("none", "squeeze-and-excitation: nowhere, behind the stem, or in every block",
                   one_of=("none", "stem", "block"))
-    se_reduction: int = key(16, "channels a unit in the middle of squeeze-and-excitation", at_least=1)
+    se_reduction: int = key(16, "channels a unit in the middle of squeeze-and-excitation", at_least=1, at_most=65536)
     activation: str = key("relu", "nonlinearity", one_of=("relu", "gelu", "silu", "elu", "leaky_relu"))
     shortcut_scale: float = key(1.0, "factor on every block's shortcut", at_least=0)
     norm_momentum: float = key(0.1, "weight of the newest batch in the running statistics of normalisation", above=0,
@@ -126,8 +134,8 @@ class Model:
     zero_init_norm: bool = key(False, "each block's last norm starts at 0: the block starts as the identity")
     initialisation: str = key("default", "of convolutions; default is torch's own",
                               one_of=("default", "kaiming", "xavier", "orthogonal"))
-    classes: int = key(10, "classes; the data must have as many; 0 takes their number", at_least=0)
-    image_size: int = key(32, "side of the images in pixels; the data must have the same; 0 takes theirs", at_least=0)
+    classes: int = key(10, "classes; the data must have as many; 0 takes their number", at_least=0, at_most=65536)
+    image_size: int = key(32, "side of the images in pixels; the data must have the same; 0 takes theirs", at_least=0, at_most=4096)
     max_parameters: int = key(5_000_000, "budget, checked before anything trains; 0 for none", at_least=0)
 
 
@@ -147,14 +155,15 @@ class Optim:
     sgd_momentum: float = key(0.85, "momentum of what muon leaves to sgd", at_least=0, below=1)
     betas: list[float] = key((0.9, 0.999), "of adamw", at_least=0, below=1, lengths=(2,))
     weight_decay: float = key(5e-4, "L2 on the gradient with sgd, decoupled with adamw, not on muon's convolutions",
-                              at_least=0)
+                              at_least=0, at_most=1e4)
     decay_per: str = key("rate", "a step decays by weight_decay times the learning rate, or times the schedule alone",
                          one_of=("rate", "schedule"))
     decay: str = key("weights", "what decays: weights of convolutions, linear maps and SE, or all parameters",
                      one_of=("weights", "all"))
-    linear_lr_scale: float = key(1.0, "learning rate of the head's weights, as a multiple of lr (sgd_lr)", above=0)
-    norm_bias_lr_scale: float = key(1.0, "learning rate of norm biases, as a multiple of lr (sgd_lr)", above=0)
-    se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr (sgd_lr)", above=0)
+    linear_lr_scale: float = key(1.0, "learning rate of the head's weights, as a multiple of lr (sgd_lr)", above=0, at_most=1e4)
+    norm_bias_lr_scale: float = key(1.0, "learning rate of norm biases, as a multiple of lr (sgd_lr)", above=0,
+                                    at_most=1e4)
+    se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr (sgd_lr)", above=0, at_most=1e4)
     clip_norm: float = key(0.0, "largest norm over all gradients; 0 for no clipping", at_least=0)
     clip_value: float = key(0.0, "largest absolute entry of a gradient; 0 for no clipping", at_least=0)
     schedule: str = key("cosine", "course of the learning rate after the warm-up",
@@ -257,11 +266,15 @@ class Strict(Checker):
             if isinstance(value, str) and not re.fullmatch(r"[+-]?\d(_?\d)*", value.strip()):
                 raise ValueError(value)
             value = int(value)
+            if not -2**63 <= value < 2**63:
+                raise ValueError(value)
         elif self.type is float:
             if isinstance(value, bool) or not isinstance(value, (int, float, str)) or not math.isfinite(float(value)):
                 raise ValueError(value)
             value = float(value)
-        elif not isinstance(value, str):
+            if value and not SMALLEST_NUMBER <= abs(value) <= LARGEST_NUMBER:
+                raise ValueError(value)
+        elif not isinstance(value, str) or not value.isprintable():    # no file has a NUL in its name
             raise ValueError(value)
         low, above, below, high = (self.limits[k] for k in ("at_least", "above", "below", "at_most"))
         if ((low is not None and value < low) or (above is not None and value <= above)
@@ -274,7 +287,7 @@ class Strict(Checker):
     def help(self) -> str:
         if self.limits["one_of"]:
             return "one of " + ", ".join(self.limits["one_of"])
-        text = {bool: "true or false", int: "integer", float: "number", str: "text"}[self.type]
+        text = {bool: "true or false", int: "integer", float: "number", str: "printable text"}[self.type]
         signs = [("at_least", ">="), ("above", ">"), ("below", "<"), ("at_most", "<=")]
         limits = " and ".join(f"{sign} {self.limits[k]}" for k, sign in signs if self.limits[k] is not None)
         if limits:
@@ -306,7 +319,7 @@ def build(*layers: Mapping[str, object], recipe: str = "default", problems: Sequ
         flat = dict(_flatten(layer))
         for name in list(flat):
             if name not in known:
-                problems.append(f"{name}: there is no such key" + _nearest(name, known))
+                problems.append(f"{name if name.isprintable() else _shown(name)}: there is no such key" + _nearest(name, known))
                 del flat[name]
             elif flat[name] is None:
                 problems.append(f"{name}: has no value, expected {_checker(declared, name).help()}: "
@@ -316,20 +329,20 @@ def build(*layers: Mapping[str, object], recipe: str = "default", problems: Sequ
     wrong = declared.validate(mode="errordict")
     for path in wrong:
         value = declared.content[path]
-        problems.append(f"{'.'.join(path)}: got {value!r} ({type(value).__name__}), expected "
+        problems.append(f"{'.'.join(path)}: got {_shown(value)} ({type(value).__name__}), expected "
                         f"{declared.entries[path].checker.help()}" + _nearest_word(value, declared.entries[path].checker))
     if wrong or problems:
         raise ConfigError(*problems)
     sections = {name: section(**{f.name: declared[f"{name}.{f.name}"] for f in dataclasses.fields(section)})
                 for name, section in SECTIONS.items()}
     config = Config(**sections, recipe=recipe)
-    problems = _contradictions(config)
+    problems = contradictions(config)
     if problems:
         raise ConfigError(*problems)
     return config
 
 
-def _contradictions(c: Config) -> list[str]:
+def contradictions(c: Config) -> list[str]:
     """Values that are each allowed, but not together."""
     found = []
     if c.optim.clip_norm and c.optim.clip_value:
@@ -358,6 +371,9 @@ def _contradictions(c: Config) -> list[str]:
     for side in c.augment.sides:
         if 0 < c.model.image_size < side:
             found.append(f"augment.sides: got {side}, expected at most model.image_size = {c.model.image_size}")
+    convolutions = sum(c.model.blocks) * c.model.block_depth
+    if convolutions > MOST_CONVOLUTIONS:
+        found.append(f"model.blocks, model.block_depth: got {convolutions:,} convolutions, expected {MOST_CONVOLUTIONS:,} at most")
     for name in ("channels", "kernels", "shortcut_kernels"):
         length, stages = len(getattr(c.model, name)), len(c.model.blocks)
         if length not in (1, stages):
@@ -375,7 +391,13 @@ def _contradictions(c: Config) -> list[str]:
 def read_file(path: str) -> dict[str, object]:
     """The `section.key` values of one YAML file (JSON is YAML). Raises ConfigError, naming the file, where it is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(f"--config-file {path}: has more than {LARGEST_FILE:,} bytes: it is no recipe")
+        text = content.decode("utf-8")
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no UTF-8 text"
         raise ConfigError(f"--config-file {path}: {reason} (looked in {Path.cwd()}): give the path of a YAML file, such "
@@ -394,7 +416,14 @@ def read_file(path: str) -> dict[str, object]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Builds plain values only (SafeLoader), and refuses a key written twice, of which YAML would drop one."""
+    """Builds plain values only (SafeLoader), and refuses a key written twice, of which YAML would drop one, and aliases, by
+    which a file of a few lines can stand for more values than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor}: write the values out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen: set[Hashable] = set()
@@ -514,6 +543,15 @@ def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
     return f": did you mean {dashes}{near[0]}?" if near else ": --help lists them all"
 
 
+def _shown(value: object) -> str:
+    """`value` as a message shows it: one line, cut off where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:    # Python writes no integers of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:190]} ... ({len(text):,} characters)"
+
+
 def _nearest_word(value: object, checker: Strict) -> str:
-    near = difflib.get_close_matches(str(value), checker.limits["one_of"], n=1)
+    near = difflib.get_close_matches(value if isinstance(value, str) else "", checker.limits["one_of"], n=1)
     return f": did you mean {near[0]}?" if near else ""

@@ -1,7 +1,7 @@
 """What a set of labelled images is, what has to be true of it, and its statistics."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,21 @@ class ImageSet:
     test: Split
 
 
+def problems_of_names(classes: Sequence[str]) -> Iterable[str]:
+    """What is wrong with class names, a line each. They end up in tables, CSV files and on screens, and people make folders of
+    them: a name is printable text of up to 200 characters that leads to no other folder, and none is there twice."""
+    for name in classes:
+        if not name.strip() or len(name) > 200 or not name.isprintable() or "/" in name or "\\" in name or name in (".", ".."):
+            yield f"class {name[:50]!r}: expected a name of 1 to 200 printable characters that is no path"
+    if len(set(classes)) < len(classes):
+        yield f"class {next(name for name in classes if classes.count(name) > 1)!r} is there twice"
+
+
 def problems_of(images: ImageSet) -> Iterable[str]:
     """What is wrong with `images`, a line each: dtype, shape, label range, classes without images."""
     if len(images.classes) < 2:
         yield f"has {len(images.classes)} class, expected at least 2"
+    yield from problems_of_names(images.classes)
     for name, split in (("train", images.train), ("test", images.test)):
         if split.images.dtype != np.uint8 or split.images.ndim != 4 or split.images.shape[3] != 3:
             yield f"{name} images are {split.images.dtype} {split.images.shape}, expected uint8 (N, H, W, 3)"

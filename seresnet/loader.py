@@ -6,6 +6,7 @@ seed 0's second epoch is seed 1's first.
 """
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +182,8 @@ class _Stream:
         self._labels = torch.from_numpy(beton.labels)
 
     def close(self) -> None:
+        if self._loader is not None:    # FFCV's objects refer to one another: the file would stay open until Python looks for circles
+            self._loader.memory_manager.context.mmap = None
         self._loader = None
 
     def read(self, order: np.ndarray) -> Iterator[Batch]:
@@ -192,7 +195,7 @@ class _Stream:
             if self._loader is None:
                 self._loader = _build_ffcv_loader(self._beton, self._batch_size, self._device, self._workers,
                                                   self._batches_ahead)
-            reading = _reading(self._loader, order)
+            reading = _reading()(self._loader, order)
         done = 0
         try:
             while done < len(order):
@@ -240,8 +243,9 @@ def _build_ffcv_loader(beton: Beton, batch_size: int, device: torch.device, work
         raise LoaderError(f"{beton.path}: FFCV cannot open it ({type(error).__name__}: {error})") from error
 
 
-def _reading(loader, order: np.ndarray):
-    """A running pass of FFCV over `order`: FFCV's EpochIterator, its thread's loop replaced by one that hands exceptions
+@functools.cache
+def _reading():
+    """FFCV's EpochIterator, a running pass of a loader over an order, its thread's loop replaced by one that hands exceptions
     over, ends when told to, and leaves torch's thread count alone."""
     import numba
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -280,4 +284,4 @@ def _reading(loader, order: np.ndarray):
             self.close()    # sets terminate_event and leaves FFCV's memory context
             self.join(timeout=5)
 
-    return Reading(loader, order)
+    return Reading

@@ -16,7 +16,7 @@ from seresnet import checkpoint, report, runtime
 from seresnet.augment import crop_side, normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
-from seresnet.config import Config
+from seresnet.config import Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.loader import Batch, BatchLoader, holdout_split
 from seresnet.loss import Tally, Totals, smoothed_cross_entropy
@@ -25,7 +25,8 @@ from seresnet.optim import build_optimizer, clip_gradients, learning_rate_factor
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
-WITHOUT_EFFECT = {"run.resume", "run.folder", "checkpoint", "report"}    # on the weights: may change when a run goes on
+WITHOUT_EFFECT = {"run.resume", "run.folder", "beton.verify", "checkpoint", "report"}    # on the weights: may change when a run goes on
+SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
 
@@ -51,11 +52,12 @@ def prepare(config: Config) -> tuple[Config, Data, SEResNet]:
         wanted = config.model if "train" not in betons else _fitted(config, betons["train"]).model
         try:
             betons[name] = open_beton(getattr(config.beton, name), classes=wanted.classes or None,
-                                      image_size=wanted.image_size or None)
+                                      image_size=wanted.image_size or None, verify=config.beton.verify)
         except runtime.UserError as error:
             problems += error.problems
     if "train" in betons:
         config = _fitted(config, betons["train"])
+        problems += contradictions(config)    # of the data's classes and image size
     model = None
     if config.model.classes and config.model.image_size:
         try:
@@ -92,10 +94,14 @@ def build_model(config: Config) -> SEResNet:
     """
     arguments = asdict(config.model)
     budget = arguments.pop("max_parameters")
+    with torch.device("meta"):    # shapes alone: a net beyond the budget may be one beyond the memory
+        size = check_budget(SEResNet(**arguments), budget) * 4
+    if size > runtime.free_memory_of_machine():
+        raise ValueError(f"channels: this net's parameters take {size >> 20:,} MiB, {runtime.free_memory_of_machine() >> 20:,} MiB are "
+                         "free: fewer blocks or channels")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.stream_seed(config.run.seed, INITIALISATION))
         model = SEResNet(**arguments)
-    check_budget(model, budget)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -231,7 +237,11 @@ def fit(config: Config, command: Sequence[str]) -> dict:
     folder, state = open_resumed(config, data)
     if state is not None:
         config = replace(config, recipe=state["recipe"])
-    with open_session(config, device, data, model) as session:
+    side = config.model.image_size
+    with runtime.memory_explained(
+            device, f"loader.batch_size = {config.loader.batch_size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of "
+            f"{side} x {side} pixels", f"give --loader.batch_size {max(1, config.loader.batch_size // 2)} (--evaluate.batch_size where it "
+            "evaluates), smaller --model.channels, or --loader.mode stream"), open_session(config, device, data, model) as session:
         environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                        "machine": runtime.describe_machine(), "seed": config.run.seed}
         if state is None:
@@ -417,7 +427,8 @@ def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: rep
     step = totals.first_bad_step
     if step < 0:
         finite = torch.stack([torch.isfinite(value).all() for value in session.model.state_dict().values()])
-        if finite.all():
+        scale = session.scaler.get_scale()    # 1 where nothing is scaled
+        if finite.all() and scale >= SMALLEST_SCALE:
             return
         step = len(session.train_batches) - 1    # the loss was finite throughout: the last update broke the weights
     rate = session.config.optim.lr * session.learning_rate(epoch * len(session.train_batches) + step)

@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -51,7 +52,7 @@ class RunFolder:
 
     def write_start(self, config: Mapping, environment: Mapping) -> None:
         """Write config.yaml and environment.json."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         self._write_json("environment.json", environment)
 
     def write_resumption(self, environment: Mapping) -> None:
@@ -63,11 +64,15 @@ class RunFolder:
         self._write_json("environment.json", {**first, "resumed": [*first.get("resumed", []), dict(environment)]})
 
     def log(self, record: Mapping) -> None:
-        """Append one epoch's record to log.jsonl; it is on disk when this returns."""
+        """Append one epoch's record to log.jsonl; it is on disk when this returns. Raises UserError where it cannot be."""
         self.records.append(dict(record))
-        self.log_file.write(_json(record) + "\n")
-        self.log_file.flush()
-        os.fsync(self.log_file.fileno())
+        try:
+            self.log_file.write(_json(record) + "\n")
+            self.log_file.flush()
+            os.fsync(self.log_file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path / 'log.jsonl'}: cannot be written ({error.strerror}): free space there; --run.resume "
+                            f"{self.path} then goes on") from error
         for writer in self.writers:
             for name, value in record.items():
                 if isinstance(value, float):
@@ -83,7 +88,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Leave the folder to others."""
-        self.log_file.close()
+        with suppress(OSError):    # what could not be written was said when it was logged
+            self.log_file.close()
         for writer in self.writers:
             writer.close()
 
@@ -91,12 +97,14 @@ class RunFolder:
         """Write report.json, and curves.png where asked for."""
         self._write_json("report.json", outcome)
         if curves:
-            draw_curves(self.records, outcome, self.path / "curves.png")
+            try:
+                draw_curves(self.records, outcome, self.path / "curves.png")
+            except OSError as error:
+                raise UserError(f"{self.path / 'curves.png'}: cannot be written ({error.strerror}); the report is there, and "
+                                "nothing else is missing") from error
 
     def _write_json(self, name: str, content: Mapping) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(_json(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        write_text(self.path / name, _json(content, indent=1) + "\n")
 
 
 def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") -> RunFolder:
@@ -144,6 +152,7 @@ def open_run_folder(path: Path) -> RunFolder:
     if not runtime.lock(log_file):
         log_file.close()
         raise UserError(f"run.folder: another process is training into {path}: wait for it, or choose another folder")
+    runtime.remove_abandoned(path)
     return RunFolder(path, log_file)
 
 
@@ -245,14 +254,11 @@ def create_folder(path: Path) -> None:
 def write_text(path: Path | str, text: str) -> None:
     """Write a file so that it is the old one or the new one, whole. Raises UserError where it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with runtime.whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): free space there, or name another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Iterator[T]:

@@ -6,15 +6,17 @@ a large library is loaded.
 from __future__ import annotations
 
 import errno
+import glob
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -108,7 +110,8 @@ def run_program(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
+                               errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
             raise
         where = f"{error.filename}: " if error.filename else ""
         status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
@@ -210,7 +213,8 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 def import_ffcv():
-    """ffcv, imported without its two side effects: one thread for all of torch, and 2.5 seconds of compilation.
+    """ffcv, imported without its side effects: one thread for all of torch, 2.5 seconds of compilation, and machine code
+    that every loader compiles anew.
 
     ffcv/fields/rgb_image.py fills a numba typed dictionary with two constants at import, for which numba compiles its
     whole dictionary; the constants are only ever read by Python, so a plain dictionary serves them as well.
@@ -224,7 +228,27 @@ def import_ffcv():
                 import ffcv
         finally:
             numba.typed.Dict = typed_dictionary
+        from ffcv.pipeline.compiler import Compiler
+        Compiler.compile = _compile_once(Compiler.compile, lambda: Compiler.num_threads > 1)
     return sys.modules["ffcv"]
+
+
+def _compile_once(compile_: Callable, parallel: Callable[[], bool]) -> Callable:
+    """FFCV's `Compiler.compile`, which gives a function that is equal to an earlier one that one's compiled form. numba never
+    frees machine code: 12 MiB a loader, and a second of compilation, add up in a process that trains many times."""
+    compiled = {}
+
+    def compile_once(code, signature=None):
+        cells = tuple(cell.cell_contents for cell in code.__closure__ or ())
+        key = code.__module__, code.__code__, cells, code.__defaults__, signature, parallel()
+        try:
+            hash(key)
+        except TypeError:    # it closes over an array
+            return compile_(code, signature)
+        if key not in compiled:
+            compiled[key] = compile_(code, signature)
+        return compiled[key]
+    return compile_once
 
 
 def lock(file: IO) -> bool:
@@ -252,6 +276,73 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of `whole_file` for the file `name` in `folder`, or for all, whose process is gone."""
+    for stale in folder.glob(f".{name}.tmp-*"):
+        owner = re.search(r"\.tmp-(\d{1,9})", stale.name)
+        if owner and (int(owner[1]) == os.getpid() or not _is_running(int(owner[1]))):
+            with suppress(OSError):
+                stale.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:    # somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a block that writes a file there; when it has ended well, that file takes the place
+    of `path`. At any moment `path` is the old file or the new one, whole, also after a power failure.
+
+    The mode follows the user's umask. A process that is killed leaves its temporary file; the next one that writes to `path`
+    removes it. OSErrors come out as they are; `path` is then untouched.
+    """
+    remove_abandoned(path.parent, glob.escape(path.name))
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):    # a folder that is gone, or read-only: the error that matters is on its way
+            temporary.unlink()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory of the machine or of the device did not suffice."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def memory_explained(device: torch.device, doing: str, way_out: str) -> Iterator[None]:
+    """Turn an error of the block that says that memory did not suffice into a UserError with what was done (batch size, size of
+    the images), free and total memory, and what to change. Nothing is tried again: a smaller batch is another recipe."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory on {device} with {doing}; {free_memory(device) >> 20:,} of {total_memory(device) >> 20:,} MiB "
+                        f"are free: {way_out}; nothing was tried again") from error
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of `device`, or of the machine where it has none of its own."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory_of_machine()
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,7 +10,8 @@ import torch
 from seresnet import checkpoint, runtime
 from seresnet.augment import normalise
 from seresnet.checkpoint import CheckpointError
-from seresnet.config import SECTIONS
+from seresnet.config import SECTIONS, build
+from seresnet.imageset import problems_of_names
 from seresnet.model import SEResNet
 from seresnet.tta import VIEWS, log_probabilities
 
@@ -28,10 +29,17 @@ class TrainedNet:
         self.config = {name: {**{f.name: f.default for f in fields(section)}, **state["config"].get(name, {})}
                        for name, section in SECTIONS.items()}
         arguments = {name: value for name, value in self.config["model"].items() if name != "max_parameters"}
-        self.model = SEResNet(**arguments)
-        self.model.load_state_dict(state["model"])
+        build(self.config)    # values in their ranges
+        with torch.device("meta"):    # shapes alone: what the file claims costs no memory, only what it holds
+            self.model = SEResNet(**arguments)
+        self.model.load_state_dict(state["model"], assign=True)
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.classes, self.mean, self.std = tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"])
+        for problem in problems_of_names(self.classes):
+            raise ValueError(problem)
+        if len(self.classes) != arguments["classes"] or not all(
+                len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 255 for v in values) for values in (self.mean, self.std)):
+            raise ValueError(f"{len(self.classes)} classes, mean {self.mean}, std {self.std}")
         self.epochs_done = state["epochs_done"]
         self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
 
@@ -48,10 +56,12 @@ class TrainedNet:
         if tta not in VIEWS:
             raise ValueError(f"tta: got {tta!r}, expected one of {', '.join(VIEWS)}")
         found = [np.empty((0, len(self.classes)), np.float32)]
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(images[start:start + batch_size])).to(self.device).permute(0, 3, 1, 2)
-            _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype)
-            found.append(mean_view.exp().cpu().numpy())
+        with runtime.memory_explained(self.device, f"a batch of {batch_size} images of {side} x {side} pixels",
+                                      f"give a batch size of {max(1, batch_size // 2)}"):
+            for start in range(0, len(images), batch_size):
+                batch = torch.from_numpy(np.ascontiguousarray(images[start:start + batch_size])).to(self.device).permute(0, 3, 1, 2)
+                _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype)
+                found.append(mean_view.exp().cpu().numpy())
         return np.concatenate(found)
 
     def predict(self, images: np.ndarray, tta: str = "flip", batch_size: int = 1000) -> np.ndarray:
