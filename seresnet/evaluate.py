@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seresnet.evaluate", description="What a trained net does well and badly.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
-    parser.add_argument("--tta", choices=tuple(VIEWS), default="flip", help="test-time augmentation [flip]")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities")
     parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/ beside the checkpoint]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
@@ -124,7 +124,7 @@ def main() -> None:
     probabilities = net.probabilities(images, options.tta)
     seconds = time.perf_counter() - started
     found = measure(probabilities, labels)
-    report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta}\n"
+    report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta or net.tta}\n"
                f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, calibration error {found['calibration_error']:.2%}\n")
     counts, shares = found["confusion"], {name: [f"{v:.1%}" if v == v else "-" for v in found[name]] for name in ("recall", "precision")}
     rows = list(zip(net.classes, map(str, counts.sum(1)), shares["recall"], shares["precision"]))
@@ -132,7 +132,7 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta, "seconds": seconds, **{
+    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
     if options.shift:
         outcome["shift"] = measure_shift(net, images, labels, options.tta)

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, metavar="FILE_OR_DIR",
                         help="image folder, .npy, .npz, .beton, CIFAR's .bin, or a pickle of a dict with `data` and perhaps `ids`")
     parser.add_argument("--out", required=True, metavar="FILE", help="CSV file to write")
-    parser.add_argument("--tta", choices=tuple(VIEWS), default="flip", help="test-time augmentation [flip]")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
     parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
                         help="ID,Labels alone, or with every class's probability [kaggle]")
     parser.add_argument("--names", action="store_true", help="write class names instead of their numbers")
@@ -61,7 +61,7 @@ def main() -> None:
     report.write_text(options.out, as_csv(found.ids, probabilities, net.classes, names=options.names,
                                           proba=options.format == "proba"))
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
-               f"{net.path}, TTA {options.tta}: {options.out}")
+               f"{net.path}, TTA {options.tta or net.tta}: {options.out}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ class TrainedNet:
     """A net with all that it needs to be fed images, in evaluation mode.
 
     Attributes: `model` (seresnet.model.SEResNet), `classes` (names), `mean` and `std` (a channel, of the training images, in
-    pixel values), `image_size` (side in pixels), `config` (sections and keys of the run), `epochs_done`, `device`, `dtype`
-    (number format of the convolutions), `path`.
+    pixel values), `image_size` (side in pixels), `config` (sections and keys of the run), `epochs_done`, `tta` (the
+    recipe's own test-time augmentation), `device`, `dtype` (number format of the convolutions), `path`.
     """
 
     def __init__(self, state: dict, path: Path, device: torch.device, dtype: torch.dtype):
@@ -40,19 +40,22 @@ class TrainedNet:
         if len(self.classes) != arguments["classes"] or not all(
                 len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 255 for v in values) for values in (self.mean, self.std)):
             raise ValueError(f"{len(self.classes)} classes, mean {self.mean}, std {self.std}")
-        self.epochs_done = state["epochs_done"]
+        self.epochs_done, self.tta = state["epochs_done"], self.config["evaluate"]["tta"]
         self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, tta: str = "flip", batch_size: int = 1000) -> np.ndarray:
+    def probabilities(self, images: np.ndarray, tta: str = "", batch_size: int = 1000) -> np.ndarray:
         """float32 (N, classes), each row a distribution, for uint8 RGB images (N, image_size, image_size, 3).
 
-        tta: test-time augmentation, a key of tta.VIEWS. Raises ValueError for images of another shape or dtype, or a `tta`
+        tta: test-time augmentation, a key of tta.VIEWS; '' for what the net's own recipe ends with (its evaluate.tta and
+        evaluate.tta_sure), so that its reported accuracy holds. Raises ValueError for images of another shape or dtype, or a `tta`
         that there is not.
         """
         images, side = np.asarray(images), self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
             raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (N, {side}, {side}, 3)")
+        sure = 1.0 if tta else self.config["evaluate"]["tta_sure"]
+        tta = tta or self.tta
         if tta not in VIEWS:
             raise ValueError(f"tta: got {tta!r}, expected one of {', '.join(VIEWS)}")
         found = [np.empty((0, len(self.classes)), np.float32)]
@@ -60,11 +63,11 @@ class TrainedNet:
                                       f"give a batch size of {max(1, batch_size // 2)}"):
             for start in range(0, len(images), batch_size):
                 batch = torch.from_numpy(np.ascontiguousarray(images[start:start + batch_size])).to(self.device).permute(0, 3, 1, 2)
-                _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype)
+                _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype, sure)
                 found.append(mean_view.exp().cpu().numpy())
         return np.concatenate(found)
 
-    def predict(self, images: np.ndarray, tta: str = "flip", batch_size: int = 1000) -> np.ndarray:
+    def predict(self, images: np.ndarray, tta: str = "", batch_size: int = 1000) -> np.ndarray:
         """The most probable class of each image, int64 (N,): numbers into `classes`. Arguments as of `probabilities`."""
         return self.probabilities(images, tta, batch_size).argmax(1).astype(np.int64)
 

@@ -29,6 +29,10 @@ def test_a_loaded_net_says_what_the_training_said(run):
     assert net.classes == CLASSES and net.image_size == 16 and net.epochs_done == 3 and not net.model.training
     for tta, count in (("none", report["correct"]), ("flip", report["correct_tta"])):
         assert int((net.predict(test.images, tta) == test.labels).sum()) == count
+    assert net.tta == "flip" and np.array_equal(net.probabilities(test.images), net.probabilities(test.images, "flip"))
+    net.tta = "flip_shift"    # as of another recipe
+    assert np.array_equal(net.probabilities(test.images), net.probabilities(test.images, "flip_shift"))
+    assert not np.array_equal(net.probabilities(test.images), net.probabilities(test.images, "flip"))
     probabilities = net.probabilities(test.images, batch_size=7)
     assert probabilities.shape == (60, 3) and probabilities.dtype == np.float32 and np.allclose(probabilities.sum(1), 1, atol=1e-5)
     assert np.allclose(probabilities, net.probabilities(test.images, batch_size=60), atol=2e-2)
