@@ -18,8 +18,9 @@ FLIPS = ("none", "random", "alternating")
 def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip: str, translate: int, padding: str,
                 cutout: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
                 generator: torch.Generator, seed: int = 0, side: int = 0, brightness: float = 0.0,
-                contrast: float = 0.0, blur: float = 0.0, noise: float = 0.0) -> torch.Tensor:
-    """Augment and normalise one training batch.
+                contrast: float = 0.0, blur: float = 0.0, noise: float = 0.0, whole: int = 0,
+                share: slice = slice(None)) -> torch.Tensor:
+    """Augment and normalise one training batch, or a share of it.
 
     images: uint8 (B, 3, H, W), channels-last. indices: int64 (B,), the samples' numbers (alternating flip follows
     them from epoch to epoch). epoch: from 0. flip: one of FLIPS. translate: pixels, 0 for none. padding: one of
@@ -28,28 +29,32 @@ def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip
     brightness: largest shift, in standard deviations; contrast: largest relative change; either way, an image (see `jitter`).
     blur: largest weight of a pixel's neighbour (see `soften`); noise: largest deviation of Gaussian noise, in standard deviations.
     Each image draws its own, from 0 to the largest; 0 is off.
+    whole, share: the images are those at `share` of a batch of `whole` (0: all of it). Random numbers are drawn for all of it,
+    so that several processes with a share each see together what one would see.
     Returns `dtype` (B, 3, H, W), or (B, 3, side, side), channels-last. Raises ValueError for a flip or padding it does not know.
     """
-    count, _, height, width = images.shape
+    _, _, height, width = images.shape
+    count = whole or len(images)
     if flip not in FLIPS:
         raise ValueError(f"flip: {flip!r} is not one of {', '.join(FLIPS)}")
-    flips = {"none": lambda: None, "random": lambda: random_flips(count, generator),
+    flips = {"none": lambda: None, "random": lambda: random_flips(count, generator)[share],
              "alternating": lambda: alternating_flips(indices, epoch, seed)}[flip]()
     reach = max(translate, (height - side + 1) // 2 if side else 0)
-    shifts = random_shifts(count, reach, generator) if reach else None
+    shifts = random_shifts(count, reach, generator)[share] if reach else None
     if flips is not None or shifts is not None:
         images = flip_and_shift(images, flips, shifts, padding, mean, side)
     if cutout:
-        images = cut_out(images, random_centres(count, *images.shape[2:], generator), cutout, mean)
+        images = cut_out(images, random_centres(count, *images.shape[2:], generator)[share], cutout, mean)
     if not (brightness or contrast or blur or noise):
         return normalise(images, mean, std, dtype)
     images = normalise(images, mean, std, torch.float32)
     if blur:
-        images = soften(images, random_amounts(count, blur, generator))
+        images = soften(images, random_amounts(count, blur, generator)[share])
     if brightness or contrast:
-        images = jitter(images, random_jitter(count, brightness, contrast, generator))
+        images = jitter(images, random_jitter(count, brightness, contrast, generator)[share])
     if noise:
-        images = add_noise(images, random_amounts(count, noise, generator), random_normal(count, images.shape[1:], generator))
+        images = add_noise(images, random_amounts(count, noise, generator)[share],
+                           random_normal(count, images.shape[1:], generator)[share])
     return images.to(dtype)
 
 

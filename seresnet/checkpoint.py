@@ -6,7 +6,9 @@
 """
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -49,9 +51,27 @@ def load(path: Path | str) -> dict:
         file = open(path, "rb")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): give the path of a weights.pt") from error
+    with file:
+        return _read(file, path)
+
+
+def pack(state: dict | None) -> bytes:
+    """`state` as another process of this training takes it with `unpack`."""
+    content = io.BytesIO()
+    if state is not None:
+        _check_plain(state, "state")
+        torch.save({"format": FORMAT, **state}, content)
+    return content.getvalue()
+
+
+def unpack(content: bytes) -> dict | None:
+    """What `pack` was given, its tensors on the CPU."""
+    return _read(io.BytesIO(content), "the first process's state") if content else None
+
+
+def _read(file: IO[bytes], path: Path | str) -> dict:
     try:
-        with file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:    # torch and pickle raise a dozen kinds for files that are no checkpoint
         raise CheckpointError(f"{path}: is damaged or no checkpoint of ours ({type(error).__name__}): give another, or "
                               "train again") from error

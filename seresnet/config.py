@@ -81,12 +81,14 @@ class Beton:
 
 @dataclass(frozen=True)
 class Loader:
-    batch_size: int = key(500, "images a training step", at_least=1)
+    batch_size: int = key(500, "images a training step, of all processes together", at_least=1)
     mode: str = key("auto", "stream reads through FFCV every epoch, resident keeps the set on the device",
                     one_of=("auto", "stream", "resident"))
     workers: int = key(0, "decoding threads of FFCV; 0 for one, which is enough for raw pixels", at_least=0)
     batches_ahead: int = key(3, "batches FFCV prepares in advance", at_least=1, at_most=1000)
     drop_last: bool = key(True, "leave out each epoch's last batch where it is not full (training only)")
+    shares: str = key("drawn", "of several processes: each may get any sample, in the order of one process (resident keeps a copy "
+                      "in each), or has a fixed part of the set (and keeps that alone)", one_of=("drawn", "fixed"))
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ class Optim:
 @dataclass(frozen=True)
 class Loop:
     epochs: int = key(200, "passes over the training images", at_least=1)
+    sync_norm: bool = key(True, "several processes normalise by the whole batch, as one does; false: each by its own share, which "
+                          "is faster and another training")
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class Evaluate:
                    one_of=("none", "flip", "flip_shift"))
     tta_sure: float = key(1.0, "images that the first view gives a class more than this probability are not looked at again",
                           above=0, at_most=1)
-    batch_size: int = key(1000, "images a forward pass", at_least=1)
+    batch_size: int = key(1000, "images a forward pass, in each process", at_least=1)
     every: int = key(1, "epochs between evaluations (the last epoch always is); 0 for the last alone", at_least=0)
 
 

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +30,21 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable, *, samples: int, mean: Sequence[float], std: Sequence[float],
-             tta: str, dtype: torch.dtype, device: torch.device, sure: float = 1.0) -> Evaluation:
+             tta: str, dtype: torch.dtype, device: torch.device, sure: float = 1.0,
+             gather: Callable[[torch.Tensor], torch.Tensor] = lambda row: row[None]) -> Evaluation:
     """Accuracy and mean cross-entropy of `model` over `batches` (of loader.Batch), with and without the views.
 
     samples: how many there must be; RuntimeError where another number was seen. mean, std: a channel, in pixel values,
-    those of the training split. tta, sure: as of tta.log_probabilities. The model is in evaluation mode while it runs and as it was afterwards.
+    those of the training split. tta, sure: as of tta.log_probabilities. gather: as of loss.Tally, where several processes have a
+    share of the samples each. The model is in evaluation mode while it runs and as it was afterwards.
     """
     was_training = model.training
     model.eval()
-    plain, together = Tally(device), Tally(device)
+    plain, together = Tally(device, gather), Tally(device, gather)
     try:
         for batch in batches:
+            if not len(batch.labels):    # the last batch had none for this process
+                continue
             first, mean_view = log_probabilities(model, normalise(batch.images, mean, std, dtype), tta, dtype, sure)
             for tally, scores in ((plain, first), (together, mean_view)):
                 tally.add(scores, batch.labels, F.nll_loss(scores, batch.labels))

@@ -74,6 +74,9 @@ class BatchLoader:
     beton.py where it is not installed) and keeps the pixels as uint8 on the device, batches being gathers from them; `auto`
     keeps what fits into a quarter of the free memory, or anything where FFCV is missing. All modes yield the same batches
     for the same seed (but for JPEGs read without FFCV, see beton.read_images).
+    of, shares: with several processes `batch_size` is theirs together, and divided by them; each gets every n-th sample of
+    every batch. With `drawn` the batches together are those of one process, so `resident` keeps a copy of the set in each; with
+    `fixed` a process gets the same part of the set in every epoch, in that epoch's order, and keeps or reads that part alone.
     indices: the samples to deliver, int64, all where None; in this order where `shuffle` is off.
     workers: decoding threads of FFCV, 0 for one: copying raw pixels never waits for more, and a second thread takes its
     core from the training (records/: loader). batches_ahead: batches that `stream` prepares in advance.
@@ -85,7 +88,8 @@ class BatchLoader:
 
     def __init__(self, beton: Beton, *, batch_size: int, device: torch.device, mode: str = "auto", seed: int = 0,
                  shuffle: bool = True, drop_last: bool = False, indices: np.ndarray | None = None, workers: int = 0,
-                 batches_ahead: int = 3, timeout_seconds: float = 120.0):
+                 batches_ahead: int = 3, timeout_seconds: float = 120.0, of: runtime.Launch = runtime.Launch(),
+                 shares: str = "drawn"):
         indices = np.arange(beton.samples) if indices is None else np.asarray(indices, np.int64)
         if len(indices) and (indices.min() < 0 or indices.max() >= beton.samples):
             raise LoaderError(f"{beton.path}: has {beton.samples} samples, asked for indices from {indices.min()} to "
@@ -94,29 +98,52 @@ class BatchLoader:
             raise LoaderError(f"{beton.path}: {len(indices)} images give no batch of loader.batch_size = {batch_size} with "
                               "loader.drop_last = true: choose a smaller batch, or --loader.drop_last false")
         self.samples = len(indices)
-        self.mode = _pick_mode(mode, self.samples * beton.height * beton.width * 3, device)
-        self._beton, self._device, self._indices = beton, device, indices
+        self._of, self._fixed = of, shares == "fixed" and of.world > 1
+        self._here = indices[of.share] if self._fixed else indices    # what this process reads in the course of time
+        held = len(self._here) * (of.local_world if device.type == "cpu" else 1)    # by all that share the memory
+        self.mode = _pick_mode(mode, held * beton.height * beton.width * 3, device)
+        self._beton, self._device = beton, device
         self._batch_size, self._seed, self._shuffle, self._drop_last = batch_size, seed, shuffle, drop_last
-        self._stream = _Stream(beton, min(batch_size, self.samples), device, min(workers or 1, runtime.available_cores()),
-                               batches_ahead, timeout_seconds)
+        self._share_size = batch_size // of.world
+        self._stream = _Stream(beton, max(1, min(self._share_size, of.share_of(self.samples))), device,
+                               min(workers or 1, runtime.available_cores()), batches_ahead, timeout_seconds)
         self._resident: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return self.samples // self._batch_size if self._drop_last else -(-self.samples // self._batch_size)
 
+    def whole(self, number: int) -> int:
+        """How many samples batch `number` of an epoch has, in all processes together."""
+        return min(self._batch_size, self.samples - number * self._batch_size)
+
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of `epoch`, counted from 0, from its `first_batch` on; any of them at any time. Leaving the iterator
         early, by break or close(), ends its reader thread and frees its memory.
+
+        All processes get as many batches; one that has no sample of the last gets it empty.
 
         Raises LoaderError where the beton cannot be read any more, within a second of the failure.
         """
         if first_batch >= len(self):
             return iter(())
         order = epoch_order(self.samples, self._seed, epoch) if self._shuffle else np.arange(self.samples)
-        order = order[first_batch * self._batch_size:len(self) * self._batch_size]
-        if self.mode == "resident":
-            return self._gather(order)
-        return self._stream.read(self._indices[order])
+        of, size = self._of, self._share_size
+        if self._fixed:
+            order = order[order % of.world == of.rank] // of.world    # places among the samples of this process
+        else:
+            order = order[of.share]    # processes divide a batch: each has its part of every one
+        order = order[first_batch * size:len(self) * size]
+        if not len(order):
+            batches = iter(())
+        else:
+            batches = self._gather(order) if self.mode == "resident" else self._stream.read(self._here[order])
+        lacking = len(self) - first_batch - -(-len(order) // size)
+        return batches if not lacking else self._and_empty(batches)
+
+    def _and_empty(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        yield from batches
+        images = torch.empty((0, self._beton.height, self._beton.width, 3), dtype=torch.uint8, device=self._device)
+        yield Batch(images.permute(0, 3, 1, 2), *(torch.empty(0, dtype=torch.int64, device=self._device) for _ in range(2)))
 
     def close(self) -> None:
         """Forget the pixels that are kept on the device, and FFCV's compiled pipeline."""
@@ -134,29 +161,30 @@ class BatchLoader:
             self._resident = self._keep()
         pixels, labels, indices = self._resident
         positions = torch.from_numpy(order).to(self._device)
-        for chosen in positions.split(self._batch_size):
+        for chosen in positions.split(self._share_size):
             yield Batch(pixels.index_select(0, chosen).permute(0, 3, 1, 2), labels.index_select(0, chosen),
                         indices.index_select(0, chosen))
 
     def _keep(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All samples in the order of `indices`, on the device: pixels uint8 (N, H, W, 3), labels and indices int64 (N,)."""
-        shape = self.samples, self._beton.height, self._beton.width, 3
+        """All samples of this process in the order of `indices`, on the device: pixels uint8 (N, H, W, 3), labels and indices
+        int64 (N,)."""
+        shape = len(self._here), self._beton.height, self._beton.width, 3
         if not runtime.has_ffcv():
             self._beton.check_unchanged()
-            pixels = torch.from_numpy(read_images(self._beton, self._indices)).to(self._device)
+            pixels = torch.from_numpy(read_images(self._beton, self._here)).to(self._device)
             return self._with_labels(pixels)
         pixels, filled = torch.empty(shape, dtype=torch.uint8, device=self._device), 0
-        for batch in self._stream.read(self._indices):
+        for batch in self._stream.read(self._here):
             pixels[filled:filled + len(batch.images)] = batch.images.permute(0, 2, 3, 1)
             filled += len(batch.images)
-        if filled != self.samples:
-            raise LoaderError(f"{self._beton.path}: FFCV delivered {filled} of {self.samples} samples")
+        if filled != len(pixels):
+            raise LoaderError(f"{self._beton.path}: FFCV delivered {filled} of {len(pixels)} samples")
         self._stream.close()
         return self._with_labels(pixels)
 
     def _with_labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        indices = torch.from_numpy(self._indices)
-        return pixels, torch.from_numpy(self._beton.labels[self._indices]).to(self._device), indices.to(self._device)
+        indices = torch.from_numpy(np.ascontiguousarray(self._here))
+        return pixels, torch.from_numpy(self._beton.labels[self._here]).to(self._device), indices.to(self._device)
 
 
 def _pick_mode(mode: str, size: int, device: torch.device) -> str:

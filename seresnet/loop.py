@@ -1,8 +1,10 @@
 """fit() and train_epoch(): the one place where loader, augmentation, net, loss and optimizer meet."""
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import signature
@@ -22,6 +24,8 @@ from seresnet.loader import Batch, BatchLoader, holdout_split
 from seresnet.loss import Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
 from seresnet.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
+from seresnet.ranks import Ranks, join
+from seresnet.synced import expect, synchronise
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
@@ -40,13 +44,13 @@ class Data:
     test_indices: np.ndarray | None = None
 
 
-def prepare(config: Config) -> tuple[Config, Data, SEResNet]:
-    """Check and open all that a training needs, before anything is written or trained.
+def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Config, Data, SEResNet]:
+    """Check and open all that a training by the processes of a launch needs, before anything is written or trained.
 
     Returns the config with the data's own figures where `model.classes` or `model.image_size` are 0, the data, the net.
     Raises UserError with the problems of betons, net and split together.
     """
-    problems: list[str] = []
+    problems = [of.problem_with_batch(config.loader.batch_size)] if of.problem_with_batch(config.loader.batch_size) else []
     betons: dict[str, Beton] = {}
     for name in ("train", "test") if config.evaluate.split == "test" else ("train",):
         wanted = config.model if "train" not in betons else _fitted(config, betons["train"]).model
@@ -108,21 +112,23 @@ def build_model(config: Config) -> SEResNet:
 def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss: Callable, clip: Callable,
                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, learning_rate: Callable[[int], float],
                 first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
+                weight: Callable[[int, int], float] = lambda step, count: 1.0,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device; the totals are read once.
 
-    augment(batch) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
+    augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
+    weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
     tally = tally or Tally(device)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
-        images = augment(batch)
+        images = augment(batch, step)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
         value = loss(logits, batch.labels)
-        scaler.scale(value).backward()
+        scaler.scale(value * weight(step, len(batch.labels))).backward()
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -147,6 +153,7 @@ class Session:
     generator: torch.Generator    # of the augmentation, on the device
     train_batches: BatchLoader
     test_batches: BatchLoader
+    ranks: Ranks
 
     def __enter__(self) -> Session:
         return self
@@ -173,28 +180,49 @@ class Session:
         if batches_done == 0:
             self.generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
             torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
-        settings = asdict(config.augment)
+        settings, of = asdict(config.augment), self.ranks.launch
         settings["side"] = crop_side(settings.pop("sides"), epoch, config.loop.epochs)
+        if of.world > 1:
+            settings["share"] = of.share
 
-        def augment(batch: Batch) -> torch.Tensor:
+        def augment(batch: Batch, step: int) -> torch.Tensor:
+            if of.world > 1:
+                settings["whole"] = self.whole(step)
+                expect(self.model, settings["whole"])
             return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
                                dtype=self.dtype, generator=self.generator, seed=config.run.seed)
 
+        def weight(step: int, count: int) -> float:
+            return count * of.world / self.whole(step) if of.world > 1 else 1.0
+
         return dict(
-            augment=augment, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
+            augment=augment, weight=weight, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
             learning_rate=self.learning_rate, first_step=epoch * len(self.train_batches) + batches_done)
 
+    def whole(self, step: int) -> int:
+        """How many images the run's `step` (from 0) trains on, in all processes together."""
+        return self.train_batches.whole(step % len(self.train_batches))
+
+    def tally(self) -> Tally:
+        """A new one, of all processes together."""
+        return Tally(self.device, self.ranks.gather)
+
+    def equalise(self) -> None:
+        """Give all processes the same norm statistics, where each has its own."""
+        if not self.config.loop.sync_norm:
+            self.ranks.equalise(self.model)
+
     def evaluate(self, tta: str, watch: Callable[[Iterable], Iterable] = iter) -> Evaluation:
         """Accuracy and loss on the evaluation split, whose batches pass through `watch`."""
         return evaluate(self.model, watch(self.test_batches.epoch(0)), samples=self.test_batches.samples, tta=tta,
                         sure=self.config.evaluate.tta_sure, mean=self.data.train.mean, std=self.data.train.std,
-                        dtype=self.dtype, device=self.device)
+                        dtype=self.dtype, device=self.device, gather=self.ranks.gather)
 
 
-def open_session(config: Config, device: torch.device, data: Data, model: SEResNet) -> Session:
+def open_session(config: Config, device: torch.device, data: Data, model: SEResNet, ranks: Ranks = Ranks()) -> Session:
     """Move the net to the device, set its whitening stem from training images, open the loaders, build the optimizer."""
     dtype = runtime.pick_dtype(config.run.precision, device)
     model = model.to(device)
@@ -202,14 +230,16 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
         model.whiten(first_images(data, WHITENING_IMAGES, device))
     optim = {name: value for name, value in asdict(config.optim).items() if name in signature(build_optimizer).parameters}
     open_loader = partial(BatchLoader, device=device, mode=config.loader.mode, seed=config.run.seed,
-                          workers=config.loader.workers, batches_ahead=config.loader.batches_ahead)
+                          workers=config.loader.workers, batches_ahead=config.loader.batches_ahead, of=ranks.launch)
+    if ranks.world > 1:
+        synchronise(model, ranks.gather, ranks.launch.share, norms=config.loop.sync_norm)
     train_batches = open_loader(data.train, batch_size=config.loader.batch_size, indices=data.train_indices,
-                                drop_last=config.loader.drop_last)
-    test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size, indices=data.test_indices,
-                               shuffle=False)
+                                drop_last=config.loader.drop_last, shares=config.loader.shares)
+    test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size * ranks.world, indices=data.test_indices,
+                               shuffle=False, shares="fixed")
     return Session(config, data, device, dtype, model, build_optimizer(model, **optim),
                    torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
-                   train_batches, test_batches)
+                   train_batches, test_batches, ranks)
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -227,36 +257,95 @@ def fit(config: Config, command: Sequence[str]) -> dict:
     NonFiniteLoss where training diverged (`weights.pt` then holds the last good epoch); Interrupted after a signal, when
     `last.pt` holds all that is needed to go on.
     """
-    device = runtime.pick_device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    of = runtime.launch()
+    device = runtime.pick_device(config.run.device, of)
+    runtime.set_threads(config.run.threads, of)
     torch.backends.cudnn.benchmark = True    # shapes are the same in every step
     if config.report.tensorboard:
         report.require_tensorboard()
-    config, data, model = prepare(config)
-    folder, state = open_resumed(config, data)
-    if state is not None:
-        config = replace(config, recipe=state["recipe"])
-    side = config.model.image_size
-    with runtime.memory_explained(
-            device, f"loader.batch_size = {config.loader.batch_size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of "
-            f"{side} x {side} pixels", f"give --loader.batch_size {max(1, config.loader.batch_size // 2)} (--evaluate.batch_size where it "
-            "evaluates), smaller --model.channels, or --loader.mode stream"), open_session(config, device, data, model) as session:
-        environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
-                       "machine": runtime.describe_machine(), "seed": config.run.seed}
-        if state is None:
-            folder = report.create_run_folder(config.report.folder, config.recipe, config.run.folder)
-            folder.write_start(config.as_dict(), environment)
-        else:
-            checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
-                                              session.generator)
-            folder.rewind(state["records"])
-            folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
-        if config.report.tensorboard:
-            folder.open_tensorboard()
-        with closing(folder):
-            report.print_summary(config.as_dict(), facts(session), folder.path)
-            return run_epochs(session, folder, state)
+    with join(of, device) as ranks:
+        begun, stage = begun_before(config, ranks)
+        if stage == "report.json":
+            report.say(f"{begun} was finished before the launcher started this again: nothing is left to do")
+            return report.read_report(begun) if ranks.main else {}
+        if stage == "last.pt":
+            config = replace(config, run=replace(config.run, resume=str(begun), folder=""))
+        with ranks.together():
+            config, data, model = prepare(config, of)
+        ranks.check_same("config or data", fingerprint(config, data))
+        with ranks.together():
+            folder, state = open_resumed(config, data) if ranks.main else (None, None)
+        state = checkpoint.unpack(ranks.broadcast(checkpoint.pack(state))) if ranks.world > 1 else state
+        if state is not None:
+            config = replace(config, recipe=state["recipe"])
+        with ranks.together(), memory_explained(config, device):
+            session = open_session(config, device, data, model, ranks)
+        with session, memory_explained(config, device):
+            environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
+                           "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}
+            with ranks.together():
+                if state is None and ranks.main:
+                    folder = report.open_run_folder(begun) if begun else report.create_run_folder(
+                        config.report.folder, config.recipe, config.run.folder)
+                    folder.write_start(config.as_dict(), environment)
+                elif state is not None:
+                    checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
+                                                      session.generator)
+                if state is not None and ranks.main:
+                    folder.rewind(state["records"])
+                    folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
+                if config.report.tensorboard and ranks.main:
+                    folder.open_tensorboard()
+            path = Path(ranks.broadcast(str(folder.path if folder else "").encode()).decode())
+            with closing(folder or report.NoFolder(path)) as folder:
+                if not ranks.main:
+                    folder.rewind(state["records"] if state else [])
+                report.print_summary(config.as_dict(), facts(session), path)
+                if state and state.get("processes", 1) != of.world:
+                    report.say(changed_processes(session, state.get("processes", 1)))
+                return run_epochs(session, folder, state)
+
+
+def memory_explained(config: Config, device: torch.device) -> AbstractContextManager:
+    """A block whose want of memory is explained by the keys that it hangs on."""
+    side, size = config.model.image_size, config.loader.batch_size
+    return runtime.memory_explained(
+        device, f"loader.batch_size = {size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of {side} x {side} pixels",
+        f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller --model.channels, or "
+        "--loader.mode stream")
+
+
+def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
+    """The run folder that the launcher's earlier attempt began, where it has started this training again (--max-restarts), and
+    how far it came: `report.json`, `last.pt`, or '' where it holds neither. The first process looks: only it has to see it."""
+    found, stage = None, ""
+    if ranks.launch.restarts and ranks.main:
+        resumed = "" if config.run.resume == "auto" else config.run.resume
+        found = report.begun_by(ranks.launch.job, config.report.folder, config.recipe, (config.run.folder, resumed))
+        stage = next((name for name in ("report.json", "last.pt") if found and (found / name).exists()), "")
+    if ranks.launch.restarts:
+        path, stage = json.loads(ranks.broadcast(json.dumps([str(found or ""), stage]).encode()))
+        found = Path(path) if path else None
+    return found, stage
+
+
+def fingerprint(config: Config, data: Data) -> int:
+    """A number below 2**63 that processes share which train with the same config on the same bytes."""
+    text = json.dumps([config.as_dict(), data.train.sha256, data.test.sha256], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def changed_processes(session: Session, before: int) -> str:
+    """What it changes that a run goes on in another number of processes."""
+    loop, now = session.config.loop, session.ranks.world
+    text = f"trained by {before} processes so far, by {now} from here on: the same batches, in shares of another size; sums are "\
+           "rounded in another order"
+    if not loop.sync_norm:
+        text += "; loop.sync_norm is false, so norms now see shares of another size, too"
+    if session.config.loader.shares == "fixed":
+        text += "; loader.shares is fixed, so batches are put together otherwise, and an epoch that was begun may show some images "\
+                "twice and others not at all"
+    return text
 
 
 # -- stop and go on -----------------------------------------------------------------------------------------------------
@@ -328,34 +417,46 @@ class Keeper:
         state = state or {"epoch": 0, "batches_done": 0, "tally": None, "best": {"epoch": 0, "accuracy": -1.0},
                           "seconds": {}, "startup_seconds": 0.0, "total_seconds": 0.0, "resumed": -1}
         self.epoch, self.batches_done = state["epoch"], state["batches_done"]
-        self.tally = Tally.from_state(state["tally"], session.device) if state["tally"] else Tally(session.device)
+        of, self.tally = session.ranks.launch, session.tally()
+        if state["tally"]:
+            self.tally.go_on_from(state["tally"], of.rank, of.world)
         self.best, self.resumed = state["best"], state["resumed"] + 1
         self._earlier_total_seconds = state["total_seconds"]
         self.startup_seconds = state["startup_seconds"] + report.seconds_since_process_start()
+        self._asked = 0
         self._booked = {lane: -value for lane, value in state["seconds"].items()}    # when the epoch began
+
+    def _asked_to_stop(self) -> int:
+        """The signal that has asked for it, in all processes at the same step, or 0."""
+        self._asked = self._asked or self._session.ranks.agree(self._stop.signal)
+        return self._asked
 
     def after_step(self, step: int, tally: Tally) -> None:
         """Save inside an epoch where `checkpoint.every_steps` says so, or to stop."""
         every = self._session.config.checkpoint.every_steps
-        if self._stop.signal or (every and step % every == 0):
+        if self._asked_to_stop() or (every and step % every == 0):
             self.batches_done = step - self.epoch * len(self._session.train_batches)
             self.save()
-            self.leave_if_asked()
+            if self._asked:
+                self._leave()
 
     def watch(self, batches: Iterable) -> Iterator:
         """`batches` of an evaluation, left when a signal asks for it."""
         for batch in batches:
-            if self._stop.signal:
+            if self._asked_to_stop():
                 self.save()
-                self.leave_if_asked()
+                self._leave()
             yield batch
 
     def leave_if_asked(self) -> None:
         """Raise Interrupted where a signal has come; the state has to be saved before."""
-        if self._stop.signal:
-            raise runtime.Interrupted(f"stopped in epoch {self.epoch + 1}, {self.batches_done} of "
-                                      f"{len(self._session.train_batches)} steps done: go on with --run.resume "
-                                      f"{self._folder.path}", self._stop.signal)
+        if self._asked_to_stop():
+            self._leave()
+
+    def _leave(self) -> None:
+        raise runtime.Interrupted(f"stopped in epoch {self.epoch + 1}, {self.batches_done} of "
+                                  f"{len(self._session.train_batches)} steps done: go on with --run.resume "
+                                  f"{self._folder.path}", self._asked)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the present epoch so far, a lane, those before an interruption included."""
@@ -368,52 +469,63 @@ class Keeper:
     def finish_epoch(self, result: Evaluation | None) -> None:
         """Save at the end of an epoch: the net, the net where it is the best so far, the whole state."""
         path, self.epoch, self.batches_done = self._folder.path, self.epoch + 1, 0
-        self.tally, self._booked = Tally(self._session.device), self._clock.split()
+        self.tally, self._booked = self._session.tally(), self._clock.split()
         net = weights(self._session, self.epoch)
         if result and result.plain.accuracy > self.best["accuracy"]:
             self.best = {"epoch": self.epoch, "accuracy": result.plain.accuracy}
-            checkpoint.save(path / "best.pt", net)
-        checkpoint.save(path / "weights.pt", net)
+            self._write(path / "best.pt", net)
+        self._write(path / "weights.pt", net)
         self.save()
+
+    def _write(self, path: Path, state: dict) -> None:
+        """Save as the first process does; where it cannot, all leave."""
+        with self._session.ranks.together():
+            if self._session.ranks.main:
+                checkpoint.save(path, state)
 
     def save(self) -> None:
         """Write last.pt. Raises NonFiniteLoss, and leaves the file as it is, where the state is not worth keeping."""
         session = self._session
         with self._clock.lane("checkpoint"):
+            session.equalise()
             if self.batches_done:
                 stop_unless_finite(session, self.tally.read(), self.epoch, self._folder)
-            checkpoint.save(self._folder.path / "last.pt", {
+            self._write(self._folder.path / "last.pt", {
                 "training": checkpoint.training_state(session.model, session.optimizer, session.scaler, session.generator),
                 "epoch": self.epoch, "batches_done": self.batches_done,
                 "tally": self.tally.state() if self.batches_done else None, "best": self.best,
                 "records": self._folder.records, "seconds": self.seconds(), "startup_seconds": self.startup_seconds,
                 "total_seconds": self.total_seconds(), "resumed": self.resumed, "config": session.config.as_dict(),
-                "recipe": session.config.recipe,
+                "recipe": session.config.recipe, "processes": session.ranks.world,
                 "data": {"train": session.data.train.sha256, "test": session.data.test.sha256}})
 
 
 def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = None) -> dict:
     """Every epoch of the run, or those left of it after `state`: train, check, evaluate, save, log; then the report."""
     config, epochs, steps = session.config, session.config.loop.epochs, len(session.train_batches)
-    clock = Clock(session.device)
-    network = torch.compile(session.model) if config.run.compile else session.model
+    clock, ranks = Clock(session.device), session.ranks
+    network = ranks.wrap(session.model, session.device)
+    network = torch.compile(network) if config.run.compile else network
     result = None
-    with runtime.StopRequest() as stop, clock.lane("rest"):
+    with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
         keeper = Keeper(session, folder, clock, stop, state)
         keeper.save()    # from here on a run that is killed can go on, and this folder can be written
         for epoch in range(keeper.epoch, epochs):
             last = epoch == epochs - 1
             with clock.lane("train"):
-                batches = report.progress(session.train_batches.epoch(epoch, keeper.batches_done), steps,
-                                          f"epoch {epoch + 1}/{epochs}", keeper.batches_done)
+                batches = session.train_batches.epoch(epoch, keeper.batches_done)
+                if ranks.main:
+                    batches = report.progress(batches, steps, f"epoch {epoch + 1}/{epochs}", keeper.batches_done)
                 totals = train_epoch(network, clock.waiting(batches, "data_wait"), tally=keeper.tally,
                                      after_step=keeper.after_step, **session.parts(epoch, keeper.batches_done))
             keeper.batches_done = steps
+            session.equalise()
             stop_unless_finite(session, totals, epoch, folder)
             with clock.lane("eval"):
                 due = last or (config.evaluate.every and (epoch + 1) % config.evaluate.every == 0)
                 result = session.evaluate(config.evaluate.tta if last else "none", keeper.watch) if due else None
-            folder.log(record(session, epoch, totals, result, keeper.seconds()))
+            with ranks.together():
+                folder.log(record(session, epoch, totals, result, keeper.seconds()))
             keeper.finish_epoch(result)
             report.print_epoch(folder.records[-1], epochs)
             keeper.leave_if_asked()
@@ -452,7 +564,7 @@ def facts(session: Session) -> dict[str, str | int]:
             "parameters": count_parameters(session.model), "train_images": train.samples,
             "evaluation_images": test.samples, "loader": train.mode, "steps_per_epoch": len(train),
             "classes": len(session.data.train.classes), "torch_threads": torch.get_num_threads(),
-            "allocator": runtime.allocator_state()}
+            "allocator": runtime.allocator_state(), "processes": session.ranks.world}
 
 
 def record(session: Session, epoch: int, totals: Totals, result: Evaluation | None, seconds: dict[str, float]) -> dict:
@@ -487,6 +599,7 @@ def finish(session: Session, folder: report.RunFolder, result: Evaluation, keepe
         "data": {"train": str(train.path), "train_sha256": train.sha256, "test": str(test.path),
                  "test_sha256": test.sha256, "set": train.name, "source": train.source},
         **{f"run_{name}": value for name, value in facts(session).items() if name != "parameters"}}
-    folder.write_report(outcome, curves=config.report.curves)
+    with session.ranks.together():
+        folder.write_report(outcome, curves=config.report.curves)
     report.print_outcome(outcome, folder.path)
     return outcome

@@ -1,6 +1,7 @@
 """Label-smoothed loss, and counts kept on the device until somebody reads them."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,10 @@ def smoothed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing
 
     logits: (B, K), any float dtype; computed in float32. labels: int64 (B,) in [0, K). smoothing: the share in [0, 1)
     of the target's mass that is spread evenly over all K classes (Szegedy et al., arXiv 1512.00567, section 7).
+    0 for no samples: one of several processes may have none of an epoch's last batch.
     """
+    if not len(labels):
+        return logits.float().sum()
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
@@ -39,9 +43,12 @@ class Tally:
     """Adds up correct answers, loss and samples on the device: `add` never waits for it, `read` waits once.
 
     It also remembers the first step whose loss was not finite, which the sum alone could not name.
+    gather: float64 (4,) -> (processes, 4), where several processes count together: then `state` and `read` are of all, and
+    have to be asked for by all.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor] = lambda row: row[None]):
+        self._gather = gather
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
@@ -49,17 +56,25 @@ class Tally:
         self._steps = 0
 
     def state(self) -> dict[str, torch.Tensor | int]:
-        """What `from_state` needs to count on from here."""
-        return {"correct": self._correct, "loss_sum": self._loss_sum, "first_bad": self._first_bad, "seen": self._seen,
+        """What `from_state` needs to count on from here: a value a process, (processes,), and the steps so far."""
+        correct, loss_sum, seen, first_bad = self._rows().T
+        return {"correct": correct.long(), "loss_sum": loss_sum, "seen": seen.long(), "first_bad": first_bad.long(),
                 "steps": self._steps}
 
-    @classmethod
-    def from_state(cls, state: dict[str, torch.Tensor | int], device: torch.device) -> Tally:
-        """A tally that counts on from what `state` gave."""
-        tally = cls(device)
-        tally._correct, tally._loss_sum, tally._first_bad = (state[k].to(device) for k in ("correct", "loss_sum", "first_bad"))
-        tally._seen, tally._steps = state["seen"], state["steps"]
-        return tally
+    def go_on_from(self, state: dict[str, torch.Tensor | int], rank: int = 0, world: int = 1) -> Tally:
+        """This tally, counting on from what `state` gave: from the process's own counts, or, where there were not as many
+        processes, in the first from those of all."""
+        for name in ("correct", "loss_sum", "seen", "first_bad"):
+            values = torch.as_tensor(state[name]).reshape(-1)    # a plain number where an early version wrote it
+            value = values[min(rank, len(values) - 1)]
+            if len(values) != world:
+                value = values.max() if name == "first_bad" else values.sum() if rank == 0 else torch.zeros_like(values[0])
+            if name == "seen":
+                self._seen = int(value)
+            else:
+                setattr(self, f"_{name}", value.to(self._correct.device))
+        self._steps = state["steps"]
+        return self
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
@@ -73,4 +88,12 @@ class Tally:
 
     def read(self) -> Totals:
         """The totals so far; the one place that waits for the device."""
-        return Totals(int(self._correct), float(self._loss_sum), self._seen, int(self._first_bad))
+        rows = self._rows()
+        correct, loss_sum, seen, _ = rows.sum(0).tolist()
+        bad = [int(step) for step in rows[:, 3].tolist() if step >= 0]
+        return Totals(int(correct), loss_sum, int(seen), min(bad, default=-1))
+
+    def _rows(self) -> torch.Tensor:
+        """float64 (processes, 4) on the CPU, where every count below 2**53 is exact: correct, loss sum, seen, first bad step."""
+        return self._gather(torch.tensor([int(self._correct), float(self._loss_sum), self._seen, int(self._first_bad)],
+                                         dtype=torch.float64))

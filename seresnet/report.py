@@ -107,6 +107,33 @@ class RunFolder:
         write_text(self.path / name, _json(content, indent=1) + "\n")
 
 
+class NoFolder(RunFolder):
+    """What the other processes of a training have in place of its run folder: it keeps the records and writes nothing."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, io.StringIO())
+
+    def open_tensorboard(self) -> None:
+        """Nothing."""
+
+    def write_start(self, config: Mapping, environment: Mapping) -> None:
+        """Nothing."""
+
+    def write_resumption(self, environment: Mapping) -> None:
+        """Nothing."""
+
+    def log(self, record: Mapping) -> None:
+        """Remember one epoch's record."""
+        self.records.append(dict(record))
+
+    def rewind(self, records: Iterable[Mapping]) -> None:
+        """Remember `records` and nothing else."""
+        self.records[:] = map(dict, records)
+
+    def write_report(self, outcome: Mapping, curves: bool) -> None:
+        """Nothing."""
+
+
 def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") -> RunFolder:
     """A new folder `<base>/<recipe>-<date>-<time>`, or the `explicit` one, which may exist if it is empty.
 
@@ -164,6 +191,26 @@ def unfinished_run_folders(base: Path | str, recipe: str, explicit: Path | str =
         return sorted(found, key=lambda path: (path / "last.pt").stat().st_mtime, reverse=True)
     except OSError:
         return []
+
+
+def begun_by(job: str, base: Path | str, recipe: str, named: Iterable[Path | str]) -> Path | None:
+    """The run folder that a launcher's `job` has written into, among the `named` ones and those of `recipe` under `base`."""
+    for path in [*map(Path, filter(None, named)), *Path(base).glob(f"{glob.escape(recipe)}-*")]:
+        try:
+            content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+            if job in (content.get("job"), *(entry.get("job") for entry in content.get("resumed", []))):
+                return path
+        except (OSError, ValueError, AttributeError, TypeError):    # what cannot be read was not begun by this job
+            continue
+    return None
+
+
+def read_report(path: Path) -> dict:
+    """What the report.json of a finished run holds. Raises UserError where it is damaged."""
+    try:
+        return json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'report.json'}: cannot be read ({error}): remove it to train again") from error
 
 
 def strict(value: object) -> object:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -64,12 +65,99 @@ class Interrupted(BaseException):
         self.status = 128 + signal_number
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Which of how many processes this is: torchrun's variables, read once; one process where there are none.
+
+    rank of `world` processes, local_rank of the `local_world` on this machine; `restarts` of the launcher so far; `job` names
+    the launcher, the same before and after its restarts ('' without one).
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    local_world: int = 1
+    restarts: int = 0
+    job: str = ""
+
+    @property
+    def share(self) -> slice:
+        """Of anything that belongs to all processes, an order or a batch, the part that is this one's."""
+        return slice(self.rank, None, self.world)
+
+    def share_of(self, count: int) -> int:
+        """How many of `count` are this process's."""
+        return len(range(self.rank, count, self.world))
+
+    def problem_with_batch(self, batch_size: int) -> str:
+        """'' where the processes can share a global batch evenly, else the message, with the nearest sizes that they can."""
+        below = batch_size // self.world * self.world
+        if below == batch_size:
+            return ""
+        near = " or ".join(str(size) for size in (below, below + self.world) if size)
+        return f"loader.batch_size: got {batch_size}, which {self.world} processes cannot share evenly: choose {near}"
+
+
+def launch() -> Launch:
+    """What the launcher says of this process. Raises UserError where its variables contradict each other."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Launch()
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        fits = 0 <= rank < world and 0 <= local_rank < local_world <= world
+    except ValueError:
+        fits = False
+    if not fits or (world > 1 and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ)):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise UserError(f"the environment names no place among processes ({found}): start with torchrun, or unset RANK and "
+                        "WORLD_SIZE")
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if job in ("", "none"):    # torchrun's own where it was given none: the launcher is this process's parent
+        job = f"{platform.node()}-{os.getppid()}-{_started(os.getppid())}"
+    return Launch(rank, local_rank, world, local_world, restarts, job)
+
+
+def _started(process: int) -> str:
+    """When a process began, in the kernel's ticks; '' where that is not to be had."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+# Which of several processes prints how the program ends. Until they have found each other the first one of each machine:
+# their command lines and mistakes are the same. Then seresnet/ranks.py lets one of them.
+_voice: bool | None = None
+
+
+def give_voice(speaks: bool) -> None:
+    """Let this process print how the program ends, or keep it from that."""
+    global _voice
+    _voice = speaks
+
+
+def _has_voice() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0" if _voice is None else _voice
+
+
 class StopRequest:
     """Within its block, SIGINT and SIGTERM are noted in `signal` (0 until then) instead of ending the program; a second
-    one ends it at once. Outside the main thread, and where the caller has told us to ignore a signal, nothing changes."""
+    one ends it at once. Outside the main thread, and where the caller has told us to ignore a signal, nothing changes.
 
-    def __init__(self):
+    Of several processes, the first announces that it will stop. A second signal changes nothing there: the terminal and the
+    launcher both hand one on. A process that has not left LAST_SECONDS after the first is ended, shortly before the launcher
+    would kill it (torch/distributed/elastic/multiprocessing/api.py, 30 s): a collective whose peers have gone waits for ever.
+    """
+
+    LAST_SECONDS = 25
+
+    def __init__(self, of: Launch = Launch()):
         self.signal = 0
+        self._launch = of
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -84,8 +172,17 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._launch.world > 1 and self._before:
+            signal.alarm(0)
 
     def _note(self, number: int, frame) -> None:
+        if self._launch.world > 1:
+            if not self.signal:
+                self.signal = number
+                signal.alarm(self.LAST_SECONDS)
+                if self._launch.rank == 0:
+                    os.write(2, b"stopping after this step\n")
+            return
         if self.signal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -97,7 +194,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     """Run an entry point and turn its end into an exit status.
 
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
-    130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback.
+    130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
     try:
         status = main() or 0
@@ -112,18 +209,24 @@ def run_program(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
                                errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
-            raise
+            if _voice is not False:
+                raise
+            sys.exit(1)
         where = f"{error.filename}: " if error.filename else ""
         status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
     except Interrupted as stop:
         status = _complain((str(stop),), stop.status)
     except KeyboardInterrupt:
         status = _complain(("interrupted",), 130)
+    except Exception:
+        if _voice is not False:
+            raise
+        status = 1
     sys.exit(status)
 
 
 def _complain(problems: tuple[str, ...], status: int) -> int:
-    for problem in problems:
+    for problem in problems if _has_voice() else ():
         print(f"error: {problem}", file=sys.stderr)
     return status
 
@@ -133,6 +236,23 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def set_threads(wanted: int, of: Launch = Launch()) -> None:
+    """Give torch `wanted` threads on the CPU. With 0, one process keeps torch's own choice, and several on a machine share its
+    cores: torchrun sets OMP_NUM_THREADS to 1 where the user has set nothing, so a 1 there is taken for nobody's wish."""
+    import torch
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif of.local_world > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, available_cores() // of.local_world))
+
+
+def stay_on_this_machine() -> None:
+    """Let processes of one machine talk over its loopback device, unless the user has chosen a network: gloo would look for
+    the machine's own name in the network, which need not be there."""
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def allocator_command(environment: dict[str, str], executable: str, arguments: list[str]) -> dict[str, str] | None:
@@ -376,16 +496,24 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, of: Launch = Launch()) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; `auto` takes the best that is there.
 
-    The CUDA device is made the current one: FFCV and torch's streams follow the current device.
-    Raises UserError where the named device is not there.
+    The CUDA device is made the current one: FFCV and torch's streams follow the current device. Of several processes on a
+    machine each takes the device of its local rank. Raises UserError where the named device is not there.
     """
     import torch
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if of.world > 1 and (device.index is not None or device.type == "mps"):
+        raise UserError(f"run.device: got {name} for each of {of.world} processes, expected auto, cpu or cuda: every process "
+                        "takes a GPU of its own")
+    if of.world > 1 and device.type == "cuda":
+        if of.local_world > torch.cuda.device_count():    # told by all processes of the machine alike
+            raise UserError(f"run.device: cuda: {of.local_world} processes on a machine with {torch.cuda.device_count()} CUDA "
+                            "devices: start fewer with --nproc-per-node, or set run.device to cpu")
+        device = torch.device("cuda", of.local_rank)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

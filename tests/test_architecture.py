@@ -11,10 +11,11 @@ PACKAGE = sorted(p.stem for p in (ROOT / "seresnet").glob("*.py") if p.stem != "
 ENTRIES = ("write_datasets.py", "ffcv_train.py")
 
 # Lower layers never import higher ones; modules of one layer do not import each other (but for those named).
-LAYERS = [{"runtime", "clock"}, {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift"}, {"cifar"},
+LAYERS = [{"runtime", "clock"},
+          {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift", "synced", "ranks"}, {"cifar"},
           {"sources"}, {"beton"}, {"loader", "checkpoint", "pictures", "inputs"}, {"report", "trained"},
           {"evaluate", "predict", "export", "doctor"}, {"loop"}, {"preview"}]
-TORCH_ONLY = {"augment", "model", "loss", "optim", "clock", "tta"}    # stages: torch and the standard library, plain arguments
+TORCH_ONLY = {"augment", "model", "loss", "optim", "clock", "tta", "synced"}    # stages: torch and the standard library, plain arguments
 DOORS = {"fastargs": {"config"}, "ffcv": {"loader", "runtime"}, "torchvision": {"runtime", "cifar"}, "pyarrow": {"sources"},
          "matplotlib": {"pictures"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"},
          "onnxruntime": {"export"}}
@@ -67,7 +68,8 @@ def test_libraries_have_one_door(library, doors):
 
 
 @pytest.mark.parametrize("pattern, door", [(r"os\.environ|getenv", "runtime"), (r"torch\.(save|load)\(", "checkpoint"),
-                                           (r"\bprint\(", "report"), (r"yaml\.(load|unsafe_load|full_load)\(", "config")])
+                                           (r"\bprint\(", "report"), (r"yaml\.(load|unsafe_load|full_load)\(", "config"),
+                                           (r"torch\.distributed|DistributedDataParallel\(|\bdist\.", "ranks")])
 def test_doors_of_calls(pattern, door):
     users = {m for m in PACKAGE if re.search(pattern, (ROOT / "seresnet" / f"{m}.py").read_text())}
     assert users <= {door, "runtime"}    # runtime prints what ends a program
