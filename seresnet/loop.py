@@ -18,7 +18,7 @@ from seresnet import checkpoint, report, runtime
 from seresnet.augment import crop_side, normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
-from seresnet.config import Config, contradictions
+from seresnet.config import SECTIONS, Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.loader import Batch, BatchLoader, holdout_split
 from seresnet.loss import Tally, Totals, smoothed_cross_entropy
@@ -29,7 +29,8 @@ from seresnet.synced import expect, synchronise
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
-WITHOUT_EFFECT = {"run.resume", "run.folder", "beton.verify", "checkpoint", "report"}    # on the weights: may change when a run goes on
+# On the weights: may change when a run goes on. Where a beton lies is nothing beside its bytes, which are compared.
+WITHOUT_EFFECT = {"run.resume", "run.folder", "beton", "checkpoint", "report"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
@@ -331,7 +332,8 @@ def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
 
 def fingerprint(config: Config, data: Data) -> int:
     """A number below 2**63 that processes share which train with the same config on the same bytes."""
-    text = json.dumps([config.as_dict(), data.train.sha256, data.test.sha256], sort_keys=True)
+    settings = {name: section for name, section in config.as_dict().items() if name != "beton"}    # paths may differ, bytes not
+    text = json.dumps([settings, data.train.sha256, data.test.sha256], sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -393,10 +395,12 @@ def load_state(path: Path, config: Config, data: Data) -> dict:
 
 def differences(state: dict, config: Config, data: Data) -> list[str]:
     """What of config and data is not as it was when `state` was saved, a line each; keys WITHOUT_EFFECT do not count."""
-    found, missing = [], "nothing"
+    found = []
+    defaults = {name: asdict(section()) for name, section in SECTIONS.items()}    # keys that are newer than the checkpoint
     for section, values in config.as_dict().items():
         for key, value in values.items():
-            before = state["config"].get(section, {}).get(key, missing)
+            default = defaults[section][key]
+            before = state["config"].get(section, {}).get(key, list(default) if isinstance(default, tuple) else default)
             if before != value and not {section, f"{section}.{key}"} & WITHOUT_EFFECT:
                 found.append(f"{section}.{key}: was {before}, is {value}")
     for split, beton in (("train", data.train), ("test", data.test)):

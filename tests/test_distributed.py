@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -291,6 +292,42 @@ def environment(pid):
 def test_mistakes_are_told_once(place, settings, changes, message):
     status, output = end(start(place, 2, TRAIN_PROGRAM, "train", *flags(settings, **changes)), place, 40)
     assert status != 0 and len(ours(output)) == 1 and message in ours(output)[0], output
+
+
+# -- on a cluster -------------------------------------------------------------------------------------------------------
+
+def body(place, tmp_path, name, settings, **variables):
+    """examples/slurm/body.sh, started as srun would on a machine."""
+    recipe = tmp_path / "stripes.yaml"
+    recipe.write_text(json.dumps({key: value for key, value in settings.items() if not key.startswith("beton")}))
+    variables = {"CONFIG": recipe, "TRAIN": place / "train.beton", "TEST": place / "test.beton", "PYTHON": sys.executable,
+                 "TMPDIR": tmp_path, "OMP_NUM_THREADS": 1, **variables}
+    with open(tmp_path / f"output-{name}", "w") as output:
+        return subprocess.Popen(["bash", "examples/slurm/body.sh", "--loop.epochs", "1", "--run.folder", tmp_path / "run"], cwd=ROOT,
+                                env={**os.environ, **{k: str(v) for k, v in variables.items()}}, stdout=output, stderr=output)
+
+
+def test_the_batch_scripts_are_shell():
+    scripts = sorted((ROOT / "examples/slurm").iterdir())
+    assert len(scripts) == 3
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+        assert not script.suffix == ".sbatch" or "examples/slurm/body.sh" in script.read_text()
+
+
+def test_the_jobs_body_trains_across_two_launchers(place, tmp_path, settings):
+    """As on two machines with a process each: the data are copied, the launchers meet, one folder is left and no copy."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [body(place, tmp_path, node, settings, PROCESSES=1, SLURM_NNODES=2, SLURM_NODEID=node, SLURM_JOB_ID=77, MASTER="localhost",
+                  PORT=port, GLOO_SOCKET_IFNAME="lo") for node in (0, 1)]
+    statuses = [node.wait(100) for node in nodes]
+    outputs = [(tmp_path / f"output-{node}").read_text() for node in (0, 1)]
+    assert statuses == [0, 0], outputs
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["run_processes"] == 2 and report["evaluated"] == TEST and "seresnet-77" in report["data"]["train"]
+    assert sum(f"; {tmp_path / 'run'}" in text for text in outputs) == 1 and not list(tmp_path.glob("seresnet-*"))
 
 
 def test_before_the_processes_have_met_the_first_of_a_machine_speaks():

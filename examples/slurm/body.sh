@@ -1,0 +1,27 @@
+#!/bin/bash
+# What every machine of the job runs, once: the data to its own disk, then torchrun. Without Slurm it runs as well:
+#   CONFIG=... TRAIN=... TEST=... PYTHON=python PROCESSES=2 bash examples/slurm/body.sh [--section.key value ...]
+set -euo pipefail
+
+processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/seresnet-${SLURM_JOB_ID:-$$}-${SLURM_NODEID:-0}
+
+# Slurm signals this shell as well as what it started. A trap that does nothing lets it wait for them; ignoring the signal
+# would be handed on to them.
+trap : TERM INT
+trap 'rm -rf "$local"' EXIT
+mkdir -p "$local"
+for beton in "$TRAIN" "$TEST"; do
+    cp "$beton" "$beton.json" "$local/"
+done
+
+if [ "${SLURM_NNODES:-1}" = 1 ]; then
+    meet=(--standalone)
+else
+    meet=(--nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER:$PORT")
+fi
+status=0
+$PYTHON -m torch.distributed.run "${meet[@]}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-2}" \
+    ffcv_train.py --config-file "$CONFIG" --beton.train "$local/$(basename "$TRAIN")" --beton.test "$local/$(basename "$TEST")" \
+    --run.resume auto "$@" || status=$?
+exit $status
