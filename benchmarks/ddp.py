@@ -46,6 +46,27 @@ def count_operations(work) -> int:
     return operations.count
 
 
+def traffic(settings: config.Config) -> dict[str, float]:
+    """Of a step of the recipe: bytes of gradients and of synchronised norms that leave a process, the norms' collectives,
+    operations; FLOP an image."""
+    import torch
+
+    from benchmarks.epochs import flop_an_image
+    from seresnet import loop
+    settings = replace(settings, loader=replace(settings.loader, batch_size=8))    # neither depends on the batch
+    settings, data, model = loop.prepare(settings)
+    device = runtime.pick_device(settings.run.device)
+    flop = flop_an_image(model, settings.model.image_size)
+    with loop.open_session(settings, device, data, model) as session:
+        batches = list(itertools.islice(session.train_batches.epoch(0), 1))
+        operations = count_operations(lambda: loop.train_epoch(session.model, batches, **session.parts(0)))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    return {"flop_per_image": flop, "operations": operations, "norm_collectives": 2 * len(norms),
+            "gradient_bytes": 4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
+            # mean, variance and count forward, two sums backward, in float32
+            "norm_bytes": 4 * sum(4 * norm.num_features + 1 for norm in norms)}
+
+
 def worker(settings: config.Config, own: argparse.Namespace) -> None:
     """One process of a measurement: rounds of steps, the seconds of each step, written by the first to --worker."""
     import torch
@@ -72,18 +93,11 @@ def worker(settings: config.Config, own: argparse.Namespace) -> None:
                     mark[0] = now
                 loop.train_epoch(network, itertools.islice(itertools.cycle(batches), count), **session.parts(0), after_step=after_step)
                 return seconds
-            operations = count_operations(lambda: steps(1)) if of.world == 1 else 0
             steps(2)
             rows = {"with": steps(own.steps), "without": []}
             if silent:
                 with silent():
                     rows["without"] = steps(own.steps)
-            trained = [p for p in session.model.parameters() if p.requires_grad]
-            norms = [m for m in session.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-            rows.update(operations=operations, threads=torch.get_num_threads(), gradient_bytes=4 * sum(p.numel() for p in trained),
-                        # a norm: mean, variance and count forward, two sums backward, from every process, in float32
-                        norm_bytes=4 * sum(4 * m.num_features + 1 for m in norms) if settings.loop.sync_norm and of.world > 1 else 0,
-                        norm_collectives=2 * len(norms) if settings.loop.sync_norm and of.world > 1 else 0)
         if group.main:
             Path(own.worker).write_text(json.dumps(rows))
 
@@ -118,12 +132,11 @@ def summarise(name: str, rounds: list[dict], batch_size: int) -> dict:
             "fastest_round": min(statistics.median(row["with"]) for row in rounds), "images_per_second": batch_size / step,
             # in pairs from one launch: rounds differ more than what is looked for
             "gradient_share": statistics.median(1 - statistics.median(row["without"]) / statistics.median(row["with"])
-                                                for row in rounds) if silent else None,
-            **{key: rounds[0][key] for key in ("gradient_bytes", "norm_bytes", "norm_collectives", "operations")}}
+                                                for row in rounds) if silent else None}
 
 
-def estimate(flop_an_image: float, batch_size: int, gradient_bytes: float, norm_collectives: int, operations: int,
-             rate: float = A100_RATE) -> list[dict]:
+def estimate(batch_size: int, *, flop_per_image: float, gradient_bytes: float, norm_bytes: float, norm_collectives: int,
+             operations: int, rate: float = A100_RATE) -> list[dict]:
     """Milliseconds of a step on 1, 8 and 32 GPUs, reckoned: no GPU has run it.
 
     Compute is flop / rate, divided by the GPUs, as if small batches filled a GPU as well as large ones. A ring moves 2 (n - 1) / n
@@ -135,7 +148,7 @@ def estimate(flop_an_image: float, batch_size: int, gradient_bytes: float, norm_
     for name, count, machines, link, latency in (("1 GPU", 1, 1, NVLINK, 0.0), ("8 GPUs, NVLink", 8, 1, NVLINK, NVLINK_LATENCY),
                                                  ("8 GPUs, PCIe 3", 8, 1, PCIE, NVLINK_LATENCY),
                                                  ("4 machines of 8, 200 Gb/s", 32, 4, NETWORK, NETWORK_LATENCY)):
-        compute = flop_an_image * batch_size / rate / count
+        compute = flop_per_image * batch_size / rate / count
         move = 2 * (count - 1) / count * gradient_bytes / link if machines == 1 else (
             2 * 7 / 8 * gradient_bytes / NVLINK + 2 * (machines - 1) / machines * gradient_bytes / link)
         exposed = max(move - compute / 3, move / 8) if count > 1 else 0.0
@@ -149,13 +162,14 @@ def estimate(flop_an_image: float, batch_size: int, gradient_bytes: float, norm_
     return rows
 
 
-def tables(rows: list[dict], estimates: list[dict]) -> str:
+def tables(rows: list[dict], estimates: list[dict], sent: dict) -> str:
     """Two Markdown tables: what was measured here, and what is reckoned from it."""
     lines = ["| here | ms a step, median | fastest to slowest round | images/s | gradients' share of a step | MB a step |",
              "|---|---|---|---|---|---|"]
     for row in rows:
         share = "-" if row["gradient_share"] is None else f"{row['gradient_share']:.1%}"
-        size = "-" if row["gradient_share"] is None else f"{(row['gradient_bytes'] + row['norm_bytes']) / 1e6:.2f}"
+        bytes_a_step = sent["gradient_bytes"] + (sent["norm_bytes"] if "synchronised" in row["name"] else 0)
+        size = "-" if row["gradient_share"] is None else f"{bytes_a_step / 1e6:.2f}"
         lines.append(f"| {row['name']} | {row['step_seconds'] * 1e3:.0f} | {row['fastest_round'] * 1e3:.0f} to {row['slowest_round'] * 1e3:.0f} "
                      f"| {row['images_per_second']:,.0f} | {share} | {size} |")
     lines += ["", "| reckoned | images a GPU | compute, ms | gradients, ms (exposed) | norms, ms | launches, ms | step, ms | times 1 GPU | efficiency |",
@@ -169,13 +183,13 @@ def tables(rows: list[dict], estimates: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="launches of each contender, in turn (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="launches of each contender, in turn (default 3); 0 to reckon only")
     parser.add_argument("--steps", type=int, default=8, help="steps a launch, after two to warm up (default 8)")
     parser.add_argument("--processes", type=int, default=2, help="processes of the launches with several (default 2)")
     parser.add_argument("--out", help="folder for ddp.json; none is written without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
-    for name, least in (("rounds", 1), ("steps", 1), ("processes", 2)):
+    for name, least in (("rounds", 0), ("steps", 1), ("processes", 2)):
         if getattr(own, name) < least:
             raise runtime.UserError(f"--{name}: got {getattr(own, name)}, expected at least {least}")
     if settings.run.tune_allocator:
@@ -184,8 +198,6 @@ def main() -> None:
         return worker(settings, own)
     if replace(runtime.Launch(), world=own.processes).problem_with_batch(settings.loader.batch_size):
         raise runtime.UserError(runtime.Launch(world=own.processes).problem_with_batch(settings.loader.batch_size))
-    from benchmarks.epochs import flop_an_image
-    from seresnet import loop
     arguments = sys.argv[1:]
     who = contenders(own.processes, runtime.available_cores())
     rounds: dict[str, list[dict]] = {name: [] for name in who}
@@ -194,15 +206,14 @@ def main() -> None:
         for name, (count, threads, sync) in who.items():
             rounds[name].append(launch(count, threads, sync, arguments))
             load.append(os.getloadavg()[0])
-    settings, _, model = loop.prepare(settings)
-    size = settings.loader.batch_size
-    rows = [summarise(name, found, size) for name, found in rounds.items()]
-    synced, flop = rows[2], flop_an_image(model, settings.model.image_size)
-    estimates = estimate(flop, size, synced["gradient_bytes"], synced["norm_collectives"], rows[0]["operations"])
-    print(f"{settings.recipe}: batches of {size}, {flop / 1e9:.3f} GFLOP an image, {own.rounds} rounds of {own.steps} steps, "
+    size, sent = settings.loader.batch_size, traffic(settings)
+    rows = [summarise(name, found, size) for name, found in rounds.items() if found]
+    estimates = estimate(size, **sent)
+    print(f"{settings.recipe}: batches of {size}, {sent['flop_per_image'] / 1e9:.3f} GFLOP an image, {sent['operations']} operations and "
+          f"{sent['gradient_bytes'] / 1e6:.2f} MB of gradients a step; {own.rounds} rounds of {own.steps} steps, "
           f"{runtime.available_cores()} cores, load {min(load):.1f} to {max(load):.1f} (others computed too where it is above the cores)\n")
-    print(tables(rows, estimates))
-    keep(own.out, "ddp", settings.recipe, {"rounds": own.rounds, "steps": own.steps, "batch_size": size, "flop_per_image": flop,
+    print(tables(rows, estimates, sent))
+    keep(own.out, "ddp", settings.recipe, {"rounds": own.rounds, "steps": own.steps, "batch_size": size, **sent,
                                            "load": [min(load), max(load)], "rows": rows, "estimate": estimates})
 
 
