@@ -115,12 +115,12 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
                 "versions": runtime.describe_versions(),
                 "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
             written = _beton(temporary, layout, sidecar)
-            stored = read_images(written)
-            same = np.array_equal(stored, images) if storage == "raw" else all(
+            same = _holds(written, images) if storage == "raw" else all(
                 np.array_equal(_region(temporary, layout, i), content) for i, content in enumerate(contents))
             if not same or not np.array_equal(written.labels, split.labels):
                 raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
                                  "that was there before is untouched")
+            stored = images if storage == "raw" else read_images(written)
             sidecar.update(zip(("mean", "std"), map(list, channel_statistics(stored))))
             note.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
             for file in (temporary, note):    # before anything that was there is touched
@@ -132,6 +132,12 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
         raise BetonError(f"{path}: cannot be written ({error.strerror}): free space there, or choose another place with "
                          "--beton.train and --beton.test") from error
     return open_beton(path)
+
+
+def _holds(written: Beton, images: np.ndarray, part: int = 16384) -> bool:
+    """Whether the pixels of `written` are `images`, a part at a time: either may be larger than the memory (np.memmap)."""
+    return all(np.array_equal(read_images(written, np.arange(start, min(start + part, len(images)))), images[start:start + part])
+               for start in range(0, len(images), part))
 
 
 def _check_writable(path: Path, images: np.ndarray) -> None:

@@ -6,6 +6,7 @@ for a device and is the same code everywhere; gradients and norm statistics go w
 """
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -152,6 +153,7 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
         with nullcontext() if ranks.main else open_null() as null, nullcontext() if ranks.main else redirect_stdout(null):
             yield ranks
         ranks._answer()
+        gc.collect()    # DistributedDataParallel lies in a circle, and aborts the program where it outlives the group
     except BaseException as error:
         lost = is_loss(error)
         runtime.give_voice(not isinstance(error, FailedElsewhere) and _first_to_speak(store))

@@ -15,11 +15,12 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -209,9 +210,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
                                errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO):
-            if _voice is not False:
-                raise
-            sys.exit(1)
+            _raise_or_leave()
         where = f"{error.filename}: " if error.filename else ""
         status = _complain((f"{where}{error.strerror}: free space there, or choose another place",), 2)
     except Interrupted as stop:
@@ -219,9 +218,26 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = _complain(("interrupted",), 130)
     except Exception:
-        if _voice is not False:
-            raise
-        status = 1
+        _raise_or_leave()
+    _leave(status)
+
+
+def _raise_or_leave() -> NoReturn:
+    """End with the traceback of the present exception, or without, where another process speaks."""
+    if _voice is None:
+        raise
+    if _voice:
+        traceback.print_exc()
+    _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the program. After a failure among several processes at once: what is left of their group, held by the exception,
+    would abort the interpreter on its way out."""
+    if _voice is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
