@@ -115,9 +115,9 @@ def tracked():
 def test_the_readmes_tree_is_the_tree():
     readme = (ROOT / "README.md").read_text()
     tree = re.search(r"## Files\n+```\n(.*?)```", readme, re.S)[1]
-    named = set(re.findall(r"([\w.-]+\.(?:py|yaml|toml|sh)|Makefile)\b", tree))
+    named = set(re.findall(r"([\w.-]+\.(?:py|yaml|toml|sh|sbatch)|Makefile)\b", tree))
     files = {Path(f).name for f in tracked()
-             if re.fullmatch(r"[^/]+\.(py|toml)|Makefile|scripts/.*|(seresnet|benchmarks|rn_configs)/[^/]+", f)}
+             if re.fullmatch(r"[^/]+\.(py|toml)|Makefile|scripts/.*|examples/slurm/.*|(seresnet|benchmarks|rn_configs)/[^/]+", f)}
     assert named == files - {"__init__.py"}
 
 
