@@ -87,8 +87,7 @@ class Loader:
     workers: int = key(0, "decoding threads of FFCV; 0 for one, which is enough for raw pixels", at_least=0)
     batches_ahead: int = key(3, "batches FFCV prepares in advance", at_least=1, at_most=1000)
     drop_last: bool = key(True, "leave out each epoch's last batch where it is not full (training only)")
-    shares: str = key("drawn", "of several processes: each may get any sample, in the order of one process (resident keeps a copy "
-                      "in each), or has a fixed part of the set (and keeps that alone)", one_of=("drawn", "fixed"))
+    shares: str = key("drawn", "of several processes, in a batch: drawn anew each epoch, or of a fixed part, all that each keeps", one_of=("drawn", "fixed"))
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,7 @@ class Optim:
 @dataclass(frozen=True)
 class Loop:
     epochs: int = key(200, "passes over the training images", at_least=1)
-    sync_norm: bool = key(True, "several processes normalise by the whole batch, as one does; false: each by its own share, which "
-                          "is faster and another training")
+    sync_norm: bool = key(True, "several processes normalise by the whole batch, as one does; false: each by its own share")
 
 
 @dataclass(frozen=True)

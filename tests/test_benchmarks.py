@@ -1,14 +1,17 @@
 """Benchmarks: the figures they make of what they measured. That they run is tested end to end."""
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks import scaling, time_to_accuracy
+from benchmarks import ddp, scaling, time_to_accuracy
 from seresnet import runtime
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_accuracy_figures_are_students():
@@ -98,3 +101,42 @@ def test_scaling_measures_every_axis(tmp_path, monkeypatch, capsys):
         assert row["own_memory_mib"] > 0 and row["epoch_seconds"] > 0
     assert (tmp_path / "scaling.png").stat().st_size > 0
     assert "| times the images |" in capsys.readouterr().out
+
+
+# -- several processes --------------------------------------------------------------------------------------------------
+
+SENT = dict(flop_per_image=0.7e9, gradient_bytes=8e6, norm_bytes=1e4, norm_collectives=12, operations=0)
+
+
+def test_what_more_gpus_bring_is_reckoned_from_bytes_and_flop():
+    one, eight, slower, machines = ddp.estimate(1000, **SENT)
+    assert one["step_ms"] == pytest.approx(0.7e9 * 1000 / ddp.A100_RATE * 1e3) and one["speed_up"] == one["efficiency"] == 1
+    assert eight["gradients_ms"] == pytest.approx(2 * 7 / 8 * 8e6 / ddp.NVLINK * 1e3) and eight["norms_ms"] == pytest.approx(0.12)
+    assert 1 > eight["efficiency"] > slower["efficiency"] > machines["efficiency"] > 0
+    for row in (one, eight, slower, machines):
+        assert row["gradients_exposed_ms"] <= row["gradients_ms"]
+        assert row["step_ms"] == pytest.approx(row["compute_ms"] + row["gradients_exposed_ms"] + row["norms_ms"])
+    # a larger batch hides what a small one waits for
+    assert all(a["efficiency"] > b["efficiency"] for a, b in zip(ddp.estimate(16000, **SENT)[1:], (eight, slower, machines)))
+    bound = ddp.estimate(1000, **{**SENT, "operations": 10**5})
+    assert all(row["step_ms"] == row["host_ms"] for row in bound), "no number of GPUs launches kernels faster"
+
+
+def test_the_share_of_communication_is_taken_within_a_round():
+    rounds = [{"with": [2.0, 2.0, 2.0], "without": [1.8, 1.8, 1.8]}, {"with": [4.0, 4.0], "without": [3.6, 3.6]}]
+    found = ddp.summarise("two", rounds, 100)
+    assert found["gradient_share"] == pytest.approx(0.1) and found["step_seconds"] == 2.0 and found["images_per_second"] == 50
+    assert (found["fastest_round"], found["slowest_round"]) == (2.0, 4.0)
+    assert ddp.summarise("one", [{"with": [1.0], "without": []}], 10)["gradient_share"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, arguments, text", [
+    ("ddp", ("--rounds", "1", "--steps", "2"), "| 2 processes, 1 thread(s) each, norms apart |"),
+    ("large", ("--gib", "0.05", "--batches", "16", "--steps", "2"), "| stream, shares fixed |")])
+def test_benchmarks_of_several_processes_run(run, tmp_path, module, arguments, text):
+    own = ("--config-file", str(run[0] / "config.yaml"), "--run.folder", "") if module == "ddp" else ("--folder", str(tmp_path / "data"))
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *own, *arguments, "--out", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and text in done.stdout, done.stdout + done.stderr
+    assert json.loads((tmp_path / f"{module}.json").read_text())["rows"]

@@ -288,6 +288,7 @@ def environment(pid):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(loader__batch_size=13), "loader.batch_size: got 13, which 2 processes cannot share evenly: choose 12 or 14"),
+    (dict(optim__lr=1e30, optim__schedule="constant", run__folder="diverged"), "Try a smaller optim.lr"),
     (dict(report__folder="/proc/runs"), "report.folder: /proc/runs")])    # the first process alone sees this one
 def test_mistakes_are_told_once(place, settings, changes, message):
     status, output = end(start(place, 2, TRAIN_PROGRAM, "train", *flags(settings, **changes)), place, 40)
