@@ -30,7 +30,7 @@ def start(folder, count, program, *arguments, launcher=()):
         return subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, stdout=output, stderr=output)
 
 
-def end(process, folder, seconds=100):
+def end(process, folder, seconds=300):    # tens where the cores are free
     try:
         process.wait(seconds)
     finally:
@@ -40,7 +40,7 @@ def end(process, folder, seconds=100):
     return process.returncode, (folder / "output").read_text()
 
 
-def until(process, condition, seconds=60):
+def until(process, condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -235,7 +235,7 @@ def test_sigterm_to_the_launcher_leaves_one_whole_checkpoint_to_go_on_from(place
     assert last(place / "stopped")["epoch"] > state["epoch"] and last(place / "stopped")["processes"] == 3
     # one process goes on with it, too, and comes where all come
     done = subprocess.run([sys.executable, TRAIN_PROGRAM, "train", "--run.resume", "stopped"], cwd=place, capture_output=True, text=True,
-                          timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "trained by 3 processes so far, by 1" in done.stdout, done.stderr
     first, second = (json.loads((path / "report.json").read_text()) for path in (whole, place / "stopped"))
     assert second["resumed"] == 2 and second["correct"] == first["correct"]
@@ -323,7 +323,7 @@ def test_the_jobs_body_trains_across_two_launchers(place, tmp_path, settings):
         port = free.getsockname()[1]
     nodes = [body(place, tmp_path, node, settings, PROCESSES=1, SLURM_NNODES=2, SLURM_NODEID=node, SLURM_JOB_ID=77, MASTER="localhost",
                   PORT=port, GLOO_SOCKET_IFNAME="lo") for node in (0, 1)]
-    statuses = [node.wait(100) for node in nodes]
+    statuses = [node.wait(300) for node in nodes]
     outputs = [(tmp_path / f"output-{node}").read_text() for node in (0, 1)]
     assert statuses == [0, 0], outputs
     report = json.loads((tmp_path / "run/report.json").read_text())
