@@ -123,8 +123,8 @@ def run_program(main: Callable[[], int | None]) -> None:
 
 
 def _complain(problems: tuple[str, ...], status: int) -> int:
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    for problem in problems:    # names that strangers chose may hold line ends, or what a terminal takes for commands
+        print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem), file=sys.stderr)
     return status
 
 
