@@ -35,7 +35,7 @@ HAZARDS = {
     "checkpoint: disk full, limited, read-only, no right, no folder": {"checkpoint": "failure_while limit_on small_disk right missing umask",
                                                                        "loop": "fills_up"},
     "damaged, foreign checkpoints": {"checkpoint": "damaged other_formats plain_values", "loop": "damaged_checkpoint",
-                                     "trained": "no_net"},
+                                     "trained": "no_net claims"},
     "training killed or stopped, then resumed": {"faults": "broken_off", "loop": "stopped_goes_on", "end_to_end": "stopped_run second_signal"},
     "resumption of something else": {"loop": "changed_config cannot_be_resumed auto_goes_on"},
     "NaN and infinity": {"loop": "divergence absurd not_finite scale", "beton": "never_varies"},

@@ -29,7 +29,10 @@ def train(base):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         os.setpgid(0, 0)
-        runtime.run_program(lambda: loop.fit(config.build({**settings, "report.folder": base, "run.resume": "auto"}, recipe="r"), ["x"]) and 0)
+        try:
+            runtime.run_program(lambda: loop.fit(config.build({**settings, "report.folder": base, "run.resume": "auto"}, recipe="r"), ["x"]) and 0)
+        except SystemExit as end:
+            os._exit(end.code)    # taking the interpreter down in order takes a second
     return child
 
 def run_of(base):
@@ -48,7 +51,11 @@ def saved(base):
 assert os.waitstatus_to_exitcode(os.waitpid(train(folder + "/whole"), 0)[1]) == 0
 started = time.monotonic()
 assert os.waitstatus_to_exitcode(os.waitpid(train(folder + "/again"), 0)[1]) == 0
-span = time.monotonic() - started
+span = (time.monotonic() - started) / 2
+if kind == "signal":    # from its first checkpoint on, and not while it draws, reports and takes leave
+    with open(run_of(folder + "/again")[0] + "/report.json") as file:
+        ended = json.load(file)
+    span = 0.9 * (ended["train_seconds"] + ended["eval_seconds"])
 broken, part = 0, 0
 while counts["injected"] < lives:
     base = f"{folder}/broken{part}"
@@ -56,7 +63,7 @@ while counts["injected"] < lives:
     child = train(base)
     while kind == "signal" and saved(base) == before and time.monotonic() - started < 500:    # the training has begun
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, span / 2))
+    time.sleep(rng.uniform(0, span))
     number = signal.SIGKILL if kind == "kill" else rng.choice([signal.SIGTERM, signal.SIGINT])
     os.kill(child, number)
     signalled = time.monotonic()
