@@ -228,7 +228,8 @@ def import_ffcv():
                 import ffcv
         finally:
             numba.typed.Dict = typed_dictionary
-        from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.compiler import Compiler
+    if not hasattr(Compiler.compile, "once"):    # also where a program has imported FFCV before us
         Compiler.compile = _compile_once(Compiler.compile, lambda: Compiler.num_threads > 1)
     return sys.modules["ffcv"]
 
@@ -248,6 +249,7 @@ def _compile_once(compile_: Callable, parallel: Callable[[], bool]) -> Callable:
         if key not in compiled:
             compiled[key] = compile_(code, signature)
         return compiled[key]
+    compile_once.once = True
     return compile_once
 
 
