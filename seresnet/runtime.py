@@ -243,7 +243,8 @@ def _leave(status: int) -> NoReturn:
 
 def _complain(problems: tuple[str, ...], status: int) -> int:
     for problem in problems if _has_voice() else ():
-        print(f"error: {problem}", file=sys.stderr)
+        # names that strangers chose may hold line ends, or what a terminal takes for commands
+        print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem), file=sys.stderr)
     return status
 
 
@@ -364,7 +365,8 @@ def import_ffcv():
                 import ffcv
         finally:
             numba.typed.Dict = typed_dictionary
-        from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.compiler import Compiler
+    if not hasattr(Compiler.compile, "once"):    # also where a program has imported FFCV before us
         Compiler.compile = _compile_once(Compiler.compile, lambda: Compiler.num_threads > 1)
     return sys.modules["ffcv"]
 
@@ -384,6 +386,7 @@ def _compile_once(compile_: Callable, parallel: Callable[[], bool]) -> Callable:
         if key not in compiled:
             compiled[key] = compile_(code, signature)
         return compiled[key]
+    compile_once.once = True
     return compile_once
 
 

@@ -1,7 +1,9 @@
 """Fixtures for several files. Tests on real CIFAR-10 use `cifar10_dir`, which CIFAR10_DIR names; without it they skip."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # The nets of the tests are tiny: a second thread gains nothing, and costs tenfold where another program has the cores (OpenMP's
@@ -23,6 +25,90 @@ def run_module(name, cwd, *arguments):
     done = subprocess.run([sys.executable, "-m", f"seresnet.{name}", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return done.returncode, done.stdout, done.stderr
+
+
+def start_child(work, user=0):
+    """Run `work()` in a forked process, as the user `user` where that is not 0: its limits, its rights and its death are its own.
+    Returns a function that waits for what it gives, as text, or `<kind of exception>: <its text>`."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if user:
+                os.setgroups([])
+                os.setgid(user)
+                os.setuid(user)
+            text = str(work())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode()[:60_000])
+        os._exit(0)
+    os.close(writing)
+
+    def wait():
+        with open(reading, encoding="utf-8") as pipe:
+            text = pipe.read()
+        os.waitpid(child, 0)
+        return text
+    return wait
+
+
+def in_child(work, user=0):
+    """What `start_child` gives, waited for."""
+    return start_child(work, user)()
+
+
+def killed(work, seconds):
+    """Run `work()` in a forked process and kill it after `seconds`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(mebibytes, *options) -> a folder on a disk of its own. Skips where none may be mounted."""
+    mounted = []
+
+    def mount(mebibytes, *options):
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={mebibytes}m", *options]), "tmpfs", place],
+                              capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk may be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+    try:
+        yield mount
+    finally:
+        for place in mounted:
+            subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def quick_disk(tmp_path):
+    """A folder in memory where one may be mounted: a test that writes hundreds of files need not wait for a disk to sync them."""
+    place = tmp_path / "quick"
+    place.mkdir()
+    there = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", place], capture_output=True).returncode == 0
+    try:
+        yield place
+    finally:
+        if there:
+            subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def faults(record_property):
+    """faults(count): this test injects so many faults. What counts them reads it from pytest's XML (benchmarks/faults.py)."""
+    return lambda count: record_property("faults", count)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
 """checkpoint: whole files or the old ones, and nothing in them that could run."""
 import os
 import pickle
+import random
+import re
+import resource
 import stat
 import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import in_child, killed
 from seresnet import checkpoint
 from seresnet.checkpoint import CheckpointError
 
@@ -56,15 +61,40 @@ def test_a_failure_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch
     assert (tmp_path / "w.pt").read_bytes() == before and os.listdir(tmp_path) == ["w.pt"]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE with a catchable error is Linux's")
-def test_a_full_disk_while_writing_is_a_clear_error(tmp_path):
-    code = ("import resource, signal, sys, torch; from seresnet import checkpoint\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-            "try: checkpoint.save(sys.argv[1], {'w': torch.zeros(100000)})\n"
-            "except checkpoint.CheckpointError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "w.pt")], capture_output=True, text=True, timeout=60)
-    assert "w.pt: cannot be written" in done.stdout, done.stderr
-    assert os.listdir(tmp_path) == []
+def test_a_limit_on_the_size_of_files_leaves_the_old_file(quick_disk, faults):
+    checkpoint.save(quick_disk / "w.pt", state())
+    before = (quick_disk / "w.pt").read_bytes()
+
+    def limited(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        checkpoint.save(quick_disk / "w.pt", {"w": torch.zeros(100000)})
+    for size in (0, 100, 5000, 399_000):
+        assert re.match("CheckpointError: .*w.pt: cannot be written", in_child(lambda: limited(size)))
+        assert (quick_disk / "w.pt").read_bytes() == before and os.listdir(quick_disk) == ["w.pt"]
+    faults(4)
+
+
+def test_a_small_disk_that_fills_up_leaves_the_old_file(small_disk):
+    place = small_disk(1)
+    checkpoint.save(place / "w.pt", state())
+    before = (place / "w.pt").read_bytes()
+    with pytest.raises(CheckpointError, match="w.pt: cannot be written"):
+        checkpoint.save(place / "w.pt", {"w": torch.zeros(1_000_000)})
+    assert (place / "w.pt").read_bytes() == before and os.listdir(place) == ["w.pt"]
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    with pytest.raises(CheckpointError, match="w.pt: cannot be written .Read-only file system"):
+        checkpoint.save(place / "w.pt", state(2.0))
+    assert (place / "w.pt").read_bytes() == before
+
+
+def test_a_folder_without_the_right_to_write_is_named(tmp_path):
+    folder = Path(tempfile.mkdtemp())    # pytest's own folders are closed to others altogether
+    try:
+        folder.chmod(0o555)
+        text = in_child(lambda: checkpoint.save(folder / "w.pt", state()), 65534 if os.geteuid() == 0 else 0)
+        assert re.match("CheckpointError: .*w.pt: cannot be written .Permission denied", text) and os.listdir(folder) == []
+    finally:
+        folder.rmdir()
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -72,18 +102,31 @@ def test_a_missing_folder_is_named(tmp_path):
         checkpoint.save(tmp_path / "nowhere" / "w.pt", state())
 
 
-def test_killed_at_any_moment_the_file_is_whole(tmp_path):
-    code = ("import sys, torch; from seresnet import checkpoint; print('ready', flush=True)\n"
-            "for i in range(10**6): checkpoint.save(sys.argv[1], {'w': torch.full((200000,), float(i))})")
-    for delay in (0.0, 0.003, 0.01, 0.02, 0.05):
-        with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "w.pt")], stdout=subprocess.PIPE) as child:
-            child.stdout.readline()
-            try:
-                child.wait(0.05 + delay)
-            except subprocess.TimeoutExpired:
-                child.kill()
-        if (tmp_path / "w.pt").exists():
-            assert len(checkpoint.load(tmp_path / "w.pt")["w"].unique()) == 1
+def test_killed_at_any_moment_the_file_is_whole(quick_disk, faults):
+    path, rng = quick_disk / "w.pt", random.Random(0)
+
+    def save():
+        for i in range(10**6):
+            checkpoint.save(path, {"w": torch.full((200000,), float(i))})
+    left = set()
+    for _ in range(50):
+        assert killed(save, rng.uniform(0.001, 0.03))
+        if path.exists():
+            assert len(checkpoint.load(path)["w"].unique()) == 1
+        left |= set(os.listdir(quick_disk)) - {"w.pt"}
+        assert len(set(os.listdir(quick_disk)) - {"w.pt"}) <= 1, "each clears what those before it left"
+    assert left, "some were killed in the middle of a file"
+    checkpoint.save(path, state())
+    assert os.listdir(quick_disk) == ["w.pt"]
+    faults(50)
+
+
+def test_temporary_files_of_the_living_are_left_alone(tmp_path):
+    living, dead = tmp_path / f".w.pt.tmp-{os.getppid()}", tmp_path / f".w.pt.tmp-{2**22 + 1}"    # above the largest process number
+    for file in (living, dead):
+        file.write_bytes(b"half")
+    checkpoint.save(tmp_path / "w.pt", state())
+    assert living.exists() and not dead.exists()
 
 
 def damaged(path, kind):

@@ -1,13 +1,15 @@
 """config: what is not understood is refused, all of it at once, with the key, the value and the way out."""
 import argparse
 import dataclasses
+import re
+import typing
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seresnet import config
+from seresnet import config, runtime
 from seresnet.config import ConfigError, build, parse
 
 
@@ -59,6 +61,8 @@ def test_values_that_are_understood(name, given, value):
     ("optim.lr", False, "number"), ("loss.label_smoothing", 1.0, "number >= 0 and < 1"),
     ("model.blocks", [], "list of integer"), ("model.blocks", "1,x", "list of integer"),
     ("model.blocks", [1] * 9, "list"), ("optim.betas", [0.9], "list of number"),
+    ("optim.lr", 1e-300, "number > 0"), ("optim.lr", 1e31, "number > 0"), ("run.device", "cuda:100", "like auto"),
+    ("loop.epochs", 2**63, "integer >= 1"), ("run.folder", "a\0b", "printable text"), ("model.channels", [10**6], "<= 65536"),
     ("run.device", "gpu", "like auto"), ("sources.path", 3, "text"), ("optim.name", "SGD", "one of sgd, adamw"),
     ("model", 3, "no such key"), ("model.blocks", {"a": 1}, "no such key"),
 ])
@@ -105,7 +109,7 @@ def test_all_problems_come_at_once(tmp_path):
     ({"model.channels": [1, 2]}, "model.channels: got 2 entries, expected 1 or, as model.blocks has, 3"),
     ({"model.kernels": [4]}, "model.kernels: got an even number"),
     ({"evaluate.split": "holdout", "evaluate.holdout_size": 5001}, "multiple of model.classes"),
-    ({"beton.train": "x", "beton.test": "./x"}, "expected two files"),
+    ({"beton.train": "x", "beton.test": "./x"}, "expected two files"), ({"model.blocks": [1000, 1]}, "got 2,002 convolutions"),
 ])
 def test_contradictions_are_refused(values, part):
     found = problems(values)
@@ -116,7 +120,13 @@ def test_contradictions_are_refused(values, part):
     ("- a\n- b\n", "holds a list, expected sections"), ("just words", "holds a str"),
     ("a: [1, 2", "is no YAML"), ("optim: {lr: 1}\noptim: {lr: 2}\n", "written twice"),
     ("x: !!python/object/apply:os.system ['true']", "is no YAML"), ("? [a]\n: 1\n", "is no YAML"),
-    ("a: &a [*a]\n", None), ("[" * 3000, "is no YAML"),
+    ("a: &a [*a]\n", "the alias *a: write the values out"), ("[" * 3000, "is no YAML"),
+    ("a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{x: *{'a' if i == 0 else f'b{i - 1}'}}}\n" for i in range(40)), "the alias"),
+    ("x: !!python/name:os.system\n", "is no YAML"), ("x: !!binary aGVsbG8=\n", "no such key"), ("optim: {lr: 1e400}\n", "number > 0"),
+    ("loop: {epochs: 0x" + "f" * 5000 + "}\n", "got a number of 20000 bits (int), expected integer"),
+    ("run: {folder: 'a\\0b'}\n".replace("'", '"'), "expected printable text"), ("run: {seed: " + "9" * 30 + "}\n", "integer >= 0"),
+    ('"a\\nb": 1\n', "'a\\nb': there is no such key"), ("run: {folder: " + "x" * 5000 + ", seed: " + "y" * 5000 + "}\n", "characters)"),
+    ("#" * (1 << 20) + "\n", "has more than 1,048,576 bytes"),
 ])
 def test_files_that_are_no_configuration(tmp_path, text, part):
     path = write(tmp_path / "c.yaml", text)
@@ -186,3 +196,63 @@ def test_any_mapping_builds_or_ends_in_the_one_error(mapping):
 def test_any_unknown_key_is_refused(name):
     if name not in config.SECTIONS:
         assert any("there is no such key" in problem for problem in problems({name: 1}))
+
+
+def valid(name):
+    """Values of the key `name` that are allowed by its type and limits."""
+    section, key = name.split(".")
+    field, = (f for f in dataclasses.fields(config.SECTIONS[section]) if f.name == key)
+    hint, limits = typing.get_type_hints(config.SECTIONS[section])[key], field.metadata["limits"]
+    is_list = typing.get_origin(hint) is list
+    kind = typing.get_args(hint)[0] if is_list else hint
+    if limits["one_of"]:
+        one = st.sampled_from(limits["one_of"])
+    elif kind is bool:
+        one = st.booleans() | st.sampled_from(["true", "False", "0", "yes"])
+    elif kind is int:
+        low, high = limits["at_least"] or 0, limits["at_most"] or 2**63 - 1
+        one = st.integers(low, min(high, 9)) | st.integers(low, high) | st.integers(low, high).map(str)
+    elif kind is float:
+        low = limits["at_least"] if limits["at_least"] is not None else limits["above"] or 0
+        one = st.floats(low, limits["below"] or limits["at_most"] or 1e30, exclude_min=limits["above"] is not None,
+                        exclude_max=limits["below"] is not None).filter(lambda v: v == 0 or v >= 1e-15)
+    else:
+        one = st.sampled_from(["auto", "cpu", "mps", "cuda:99"] if limits["pattern"] else ["a", "b/c", "", "../d", "e f"])
+    if not is_list:
+        return one
+    lengths = [length for length in limits["lengths"] or range(3) if length < 4]
+    return st.sampled_from(lengths).flatmap(lambda length: st.lists(one, min_size=length, max_size=length))
+
+
+def mappings(values, most=5):
+    return st.lists(st.sampled_from(KEYS), max_size=most, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: values(name) for name in names}))
+
+
+@settings(max_examples=150, deadline=None)
+@given(mappings(valid))
+def test_right_values_build_or_contradict_each_other(mapping):
+    try:
+        built = build(mapping)
+    except ConfigError as error:
+        assert all("there is no such key" not in line and not re.search(r": got .* [(]\w+[)], expected", line) for line in error.problems)
+    else:
+        assert build(built.as_dict()) == built
+
+
+WORDS = st.sampled_from([*(f"--{name}" for name in KEYS[:40]), "--config-file", "-C", "--", "-", "=", "--run", "/dev/null", "/dev/zero", "."]
+                        ) | st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=12)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.lists(WORDS, max_size=6), text=st.text(max_size=40) | st.binary(max_size=40))
+def test_no_command_line_and_no_file_ends_in_a_traceback(tmp_path, capsys, words, text):
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+
+    def main():
+        parse([*words, "--config-file", str(tmp_path / "c.yaml")])
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_program(main)
+    errors = capsys.readouterr().err
+    assert caught.value.code in (0, 2) and (errors == "") == (caught.value.code == 0)
+    assert "Traceback" not in errors and all(line.startswith("error: ") for line in errors.split("\n") if line)

@@ -1,6 +1,9 @@
 """loader: both modes give the same batches, every sample once, in our order; failures come out, nothing leaks."""
+import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from seresnet.beton import BetonError, write_beton
 from seresnet.loader import BatchLoader, LoaderError, epoch_order, holdout_split
 
 CPU = torch.device("cpu")
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts from /proc")
 MODES = ("stream", "resident")
 
 
@@ -236,6 +240,67 @@ def test_leaving_early_leaks_no_thread(noise, leave_after):
         next(unused)
         del unused
         assert not reader_threads()
+
+
+def resources():
+    """(threads, open files) of this process."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+@linux_only
+def test_fifty_epochs_and_fifty_early_breaks_leave_threads_files_and_memory_flat(noise, faults):
+    def memory():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 10
+    with BatchLoader(noise[0], batch_size=20, device=CPU, mode="stream") as batches:
+        for epoch in range(20):
+            list(batches.epoch(epoch))
+        counted, size = resources(), memory()
+        for epoch in range(50):
+            assert len(list(batches.epoch(epoch))) == 6
+        for epoch in range(50):
+            for i, _ in enumerate(batches.epoch(epoch)):
+                if i == epoch % 6:
+                    break
+        assert resources() == counted and memory() < size + 4096, "KiB"
+    faults(50)
+
+
+@linux_only
+def test_a_closed_loader_keeps_no_file_open_and_the_next_compiles_nothing(noise):
+    import gc
+    from numba.core import dispatcher
+    compiled = []
+    whole = dispatcher.Dispatcher.compile
+
+    def counted(self, *arguments):
+        compiled.append(self)
+        return whole(self, *arguments)
+    list(BatchLoader(noise[0], batch_size=10, device=CPU, mode="stream").epoch(0))
+    gc.collect()
+    gc.disable()    # Python's search for circles would close the files, some time
+    try:
+        dispatcher.Dispatcher.compile = counted
+        before = resources()
+        for _ in range(5):
+            with BatchLoader(noise[0], batch_size=10, device=CPU, mode="stream") as batches:
+                list(batches.epoch(0))
+        assert resources() == before and not compiled
+    finally:
+        dispatcher.Dispatcher.compile = whole
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_does_not_change_until_the_next_is_asked_for(noise, mode):
+    beton, split = noise
+    with BatchLoader(beton, batch_size=5, device=CPU, mode=mode) as batches:
+        kept = []
+        for batch in batches.epoch(0):
+            time.sleep(0.002)    # the reader fills every buffer that it may
+            assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), split.images[batch.indices.numpy()])
+            kept.append((batch.images.clone(), batch.indices.clone()))
+        for images, indices in kept:
+            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), split.images[indices.numpy()])
 
 
 @pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.touch()])

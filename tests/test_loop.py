@@ -1,8 +1,12 @@
 """loop: a small training end to end in this process: what it learns, repeats, refuses and leaves behind."""
+import dataclasses
 import hashlib
 import json
+import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,9 +162,162 @@ def test_divergence_stops_with_epoch_and_step_and_keeps_the_last_good_weights(be
     assert not (folder_of(tmp_path) / "report.json").exists()
 
 
-def test_an_absurd_learning_rate_ends_in_the_same_error(betons, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="Try a smaller optim.lr"):
-        train(betons, tmp_path, optim__lr=1e30, optim__schedule="constant")
+@pytest.mark.parametrize("rate, settings", [(1e30, {}), (1e9, {"optim__weight_decay": 1.0, "loop__epochs": 40})])
+def test_an_absurd_learning_rate_ends_in_the_same_error(betons, tmp_path, rate, settings):
+    with pytest.raises(NonFiniteLoss, match="epoch [0-9]+, step [0-9]+ of 9, at learning rate 1e.*Try a smaller optim.lr"):
+        train(betons, tmp_path, optim__lr=rate, optim__schedule="constant", **settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "weights", "norm"])
+def test_what_is_not_finite_never_replaces_a_checkpoint(betons, tmp_path, monkeypatch, faults, where, value):
+    whole, files = loop.set_learning_rate, {}
+
+    def poisoned(optimizer, share):
+        whole(optimizer, share)
+        poisoned.steps += 1
+        if poisoned.steps == 13:    # the second epoch's fourth step; checkpoints are written behind each
+            files.update({path.name: path.read_bytes() for path in folder_of(tmp_path).glob("*.pt")})
+            with torch.no_grad():
+                if where == "weights":
+                    optimizer.param_groups[0]["params"][0][0] = value
+                elif where == "norm":
+                    next(m for m in poisoned.model.modules() if isinstance(m, torch.nn.BatchNorm2d)).running_mean[0] = value
+    poisoned.steps = 0
+    monkeypatch.setattr(loop, "set_learning_rate", poisoned)
+    if where == "input":
+        clean = loop.train_batch
+        monkeypatch.setattr(loop, "train_batch", lambda *a, **k: clean(*a, **k) * (value if poisoned.steps == 13 else 1.0))
+    opened = loop.open_session
+
+    def open_session(*arguments):
+        session = opened(*arguments)
+        poisoned.model = session.model
+        return session
+    monkeypatch.setattr(loop, "open_session", open_session)
+    with pytest.raises(NonFiniteLoss, match="epoch 2, step [49] of 9, at learning rate 0.0"):
+        train(betons, tmp_path, checkpoint__every_steps=1)
+    folder = folder_of(tmp_path)
+    assert set(files) == {"last.pt", "best.pt", "weights.pt"}
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == files
+    faults(1)
+
+
+def test_a_gradient_scale_that_has_fallen_to_nothing_stops_the_run(betons, tmp_path, monkeypatch):
+    opened = loop.open_session
+
+    def open_session(*arguments):    # as with fp16 on a GPU whose gradients have overflowed forty times in a row
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-30, growth_interval=10**6)
+        scaler.scale(torch.zeros(()))
+        return dataclasses.replace(opened(*arguments), scaler=scaler)
+    monkeypatch.setattr(loop, "open_session", open_session)
+    with pytest.raises(NonFiniteLoss, match="epoch 1, step 9"):
+        train(betons, tmp_path, run__precision="fp32")
+
+
+# -- memory, disk, files under a training -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+@pytest.mark.parametrize("where", ["smoothed_cross_entropy", "evaluate"])
+def test_memory_that_does_not_suffice_is_explained_and_nothing_tried_again(betons, tmp_path, monkeypatch, where, error):
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise error
+    fail_at(monkeypatch, where, 1, fails)
+    with pytest.raises(UserError) as caught:
+        train(betons, tmp_path)
+    text = str(caught.value)
+    assert re.match(r"out of memory on cpu with loader.batch_size = 16 \(evaluate.batch_size = 32\) and images of 16 x 16 pixels; [\d,]+ "
+                    r"of [\d,]+ MiB are free: give --loader.batch_size 8 ", text), text
+    assert caught.value.status == 2 and len(calls) == 1
+
+
+def test_any_other_error_is_not_taken_for_a_lack_of_memory(betons, tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("shapes do not fit")
+    fail_at(monkeypatch, "smoothed_cross_entropy", 1, fails)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(betons, tmp_path)
+
+
+def test_a_disk_that_fills_up_at_any_write_costs_nothing_that_was_saved(betons, tmp_path, monkeypatch, faults):
+    train(betons, tmp_path / "whole", loop__epochs=2)
+    expected, sync, failed = weights_hash(folder_of(tmp_path / "whole")), os.fsync, 0
+    for number in range(1, 100):
+        count = 0
+
+        def full(descriptor):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise OSError(28, "No space left on device")
+            sync(descriptor)
+        base = tmp_path / str(number)
+        monkeypatch.setattr(os, "fsync", full)
+        try:
+            train(betons, base, loop__epochs=2)
+            break    # there are no more writes than that
+        except UserError as error:
+            assert re.search(r"(config.yaml|environment.json|log.jsonl|\w+.pt|report.json): cannot be written .No space left", str(error))
+            failed += 1
+        finally:
+            monkeypatch.setattr(os, "fsync", sync)
+        folder = folder_of(base)
+        if (folder / "last.pt").exists() and number % 3 == 0:
+            if not (folder / "report.json").exists():
+                train(betons, base, run__resume=str(folder), loop__epochs=2)
+            assert weights_hash(folder) == expected
+        assert not list(folder.glob(".*")), "no temporary file is left"
+    assert failed >= 15
+    faults(failed)
+
+
+@pytest.mark.parametrize("change", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-100]),
+                                    lambda p: os.replace(shutil.copy(p, f"{p}.new"), p)])
+def test_a_file_changed_under_a_training_stops_it_with_what_it_had(betons, tmp_path, monkeypatch, change):
+    own = {key: str(tmp_path / Path(path).name) for key, path in betons.items()}
+    for key, path in betons.items():
+        shutil.copy(path, own[key])
+        shutil.copy(f"{path}.json", f"{own[key]}.json")
+    settings = dict(loader__mode="stream")
+    train(own, tmp_path / "whole", **settings)
+    restore = fail_at(monkeypatch, "smoothed_cross_entropy", 14, lambda: change(Path(own["beton.train"])))
+    with pytest.raises(UserError, match="train.beton: .*(No such file|was changed while it was in use)"):
+        train(own, tmp_path / "stopped", **settings)
+    restore()
+    folder = folder_of(tmp_path / "stopped")
+    assert checkpoint.load(folder / "last.pt")["epoch"] == 2 == checkpoint.load(folder / "weights.pt")["epochs_done"]
+    shutil.copy(betons["beton.train"], own["beton.train"])
+    train(own, tmp_path / "stopped", run__resume=str(folder), **settings)
+    assert weights_hash(folder) == weights_hash(folder_of(tmp_path / "whole"))
+
+
+def test_a_run_folder_that_vanishes_is_named(betons, tmp_path, monkeypatch):
+    fail_at(monkeypatch, "smoothed_cross_entropy", 13, lambda: shutil.rmtree(folder_of(tmp_path)))
+    with pytest.raises(UserError, match="stripes-.*/(best|weights|last).pt: cannot be written .No such file or directory"):
+        train(betons, tmp_path)
+
+
+def test_every_byte_is_checked_before_a_training_where_asked_for(betons, tmp_path):
+    for name in ("train", "test"):
+        for suffix in ("", ".json"):
+            shutil.copy(betons[f"beton.{name}"] + suffix, tmp_path / f"{name}.beton{suffix}")
+    own = {f"beton.{name}": str(tmp_path / f"{name}.beton") for name in ("train", "test")}
+    loop.prepare(build({**SMALL, **own, "beton.verify": "full"}))
+    content = bytearray((tmp_path / "train.beton").read_bytes())
+    content[(8 << 20) + 1000] ^= 4    # in a pixel
+    (tmp_path / "train.beton").write_bytes(content)
+    loop.prepare(build({**SMALL, **own}))
+    with pytest.raises(UserError, match="train.beton: its sha256 is"):
+        loop.prepare(build({**SMALL, **own, "beton.verify": "full"}))
+
+
+def test_a_net_beyond_the_memory_is_refused_before_it_is_built(betons, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="model.channels: this net's parameters take [0-9,]+ MiB"):
+        loop.prepare(build({**SMALL, **betons, "model.channels": [65536], "model.max_parameters": 0}))
 
 
 def test_all_problems_are_reported_before_anything_is_written(betons, tmp_path):
@@ -311,6 +468,25 @@ def test_auto_goes_on_with_the_newest_unfinished_run_of_this_config(betons, tmp_
     with report.open_run_folder(other_seed).log_file:    # a process is at work there
         train(betons, tmp_path, run__resume="auto", run__seed=2)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_damaged_checkpoint_stops_a_resumption_with_its_name(betons, tmp_path, monkeypatch, share):
+    folder = stopped_run(betons, tmp_path, monkeypatch)
+    os.truncate(folder / "last.pt", int(share * (folder / "last.pt").stat().st_size))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for resume in (str(folder), "auto"):
+        with pytest.raises(UserError, match="last.pt: is damaged or no checkpoint of ours"):
+            train(betons, tmp_path, run__resume=resume)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and folder_of(tmp_path) == folder
+
+
+def test_a_resumption_clears_what_killed_processes_left(betons, tmp_path, monkeypatch):
+    folder = stopped_run(betons, tmp_path, monkeypatch)
+    for name in ("best.pt", "report.json", "config.yaml"):
+        (folder / f".{name}.tmp-{2**22 + 1}").write_bytes(b"half")    # a number above every process's
+    train(betons, tmp_path, run__resume="auto")
+    assert not list(folder.glob(".*"))
 
 
 def test_best_is_the_epoch_with_the_best_evaluation(betons, tmp_path):

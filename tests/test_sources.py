@@ -379,6 +379,16 @@ def test_every_sample_is_validated(change, message):
     assert list(imageset.problems_of(ImageSet("x", "here", ("a", "b"), Split(**good), Split(**good)))) == []
 
 
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a\\b", "..", " ", "a\nb"])
+def test_a_class_name_that_is_a_path_is_refused(tmp_path, name):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(4) % 2, classes=np.array([name, "cat"]))
+    with pytest.raises(SourceError, match="class .*expected a name of 1 to 200 printable characters that is no path"):
+        find_source(tmp_path / "set.npz").read()
+    same = ImageSet("x", "here", ("a", "a"), Split(images, np.arange(4) % 2), Split(images, np.arange(4) % 2))
+    assert "class 'a' is there twice" in imageset.problems_of(same)
+
+
 # -- CIFAR-100 ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """trained, predict, inputs: a net from its run folder says the same as in its training, for images in every form."""
 import csv
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def test_what_is_no_net_is_refused(run, tmp_path):
     checkpoint.save(tmp_path / "weights.pt", state)
     with pytest.raises(UserError, match="cannot be rebuilt"):
         seresnet.load(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["config"]["model"].update(channels=[65536]), lambda s: s["config"]["model"].update(blocks=[10**9]),
+    lambda s: s["config"]["model"].update(channels=["x"]), lambda s: s["config"].update(model=3), lambda s: s.update(mean=[float("nan")] * 3),
+    lambda s: s.update(std="abc"), lambda s: s.update(classes=["../x", "a", "b"]), lambda s: s.update(classes=["a", "b"]),
+    lambda s: s.update(classes=5), lambda s: s["model"].update({"head.bias": torch.zeros(3, 3)}), lambda s: s.update(model=[1])])
+def test_a_checkpoint_that_claims_what_it_does_not_hold_is_refused(run, tmp_path, change):
+    state = checkpoint.load(run[0] / "weights.pt")
+    change(state)
+    checkpoint.save(tmp_path / "weights.pt", state)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="weights.pt: its net cannot be rebuilt"):
+        seresnet.load(tmp_path, "cpu")
+    assert time.perf_counter() - started < 5
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------------
