@@ -83,25 +83,27 @@ def _read(file: IO[bytes], path: Path | str) -> dict:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                   generator: torch.Generator) -> dict:
-    """All that changes from step to step: weights and norm buffers, the optimizer's buffers, the gradient scale, and the
-    state of every generator of random numbers (`generator`: augmentation's; torch's own: dropout's)."""
+                   generator: torch.Generator, average: nn.Module | None = None) -> dict:
+    """All that changes from step to step: weights and norm buffers, their average where there is one, the optimizer's buffers, the
+    gradient scale, and the state of every generator of random numbers (`generator`: augmentation's; torch's own: dropout's)."""
     generators = {"augmentation": generator.get_state(), "torch": torch.get_rng_state()}
     if generator.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(generator.device)
     # The optimizer's groups follow from config and net: they are built anew, not read.
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(),
-            "generators": generators}
+            "generators": generators, "average": average.state_dict() if average else None}
 
 
 def restore_training_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                           generator: torch.Generator) -> None:
+                           generator: torch.Generator, average: nn.Module | None = None) -> None:
     """Put what `training_state` gave back into objects that were built from the same config.
 
     Raises CheckpointError where it does not fit them.
     """
     try:
         model.load_state_dict(state["model"])
+        if average:
+            average.load_state_dict(state["average"])
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])

@@ -167,6 +167,8 @@ class Optim:
     se_lr_scale: float = key(1.0, "learning rate of squeeze-and-excitation, as a multiple of lr (sgd_lr)", above=0, at_most=1e4)
     clip_norm: float = key(0.0, "largest norm over all gradients; 0 for no clipping", at_least=0)
     clip_value: float = key(0.0, "largest absolute entry of a gradient; 0 for no clipping", at_least=0)
+    ema_decay: float = key(0.0, "evaluate and keep the moving average of the weights, of this decay a step; 0 for the last weights",
+                           at_least=0, below=1)
     schedule: str = key("cosine", "course of the learning rate after the warm-up",
                         one_of=("onecycle", "cosine", "step", "constant"))
     warmup_epochs: float = key(0.0, "epochs of straight rise to the peak", at_least=0)

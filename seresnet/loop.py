@@ -23,7 +23,8 @@ from seresnet.evaluate import Evaluation, evaluate
 from seresnet.loader import Batch, BatchLoader, holdout_split
 from seresnet.loss import Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
-from seresnet.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
+from seresnet.optim import (AveragedModel, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
+                            set_learning_rate)
 from seresnet.ranks import Ranks, join
 from seresnet.synced import expect, synchronise
 
@@ -155,6 +156,12 @@ class Session:
     train_batches: BatchLoader
     test_batches: BatchLoader
     ranks: Ranks
+    average: AveragedModel | None = None    # of the weights, with optim.ema_decay
+
+    @property
+    def result(self) -> nn.Module:
+        """The net that is evaluated and kept: the one that is trained, or the average of its weights."""
+        return self.average.module if self.average else self.model
 
     def __enter__(self) -> Session:
         return self
@@ -214,11 +221,12 @@ class Session:
     def equalise(self) -> None:
         """Give all processes the same norm statistics, where each has its own."""
         if not self.config.loop.sync_norm:
-            self.ranks.equalise(self.model)
+            for net in {self.model, self.result}:
+                self.ranks.equalise(net)
 
     def evaluate(self, tta: str, watch: Callable[[Iterable], Iterable] = iter) -> Evaluation:
         """Accuracy and loss on the evaluation split, whose batches pass through `watch`."""
-        return evaluate(self.model, watch(self.test_batches.epoch(0)), samples=self.test_batches.samples, tta=tta,
+        return evaluate(self.result, watch(self.test_batches.epoch(0)), samples=self.test_batches.samples, tta=tta,
                         sure=self.config.evaluate.tta_sure, mean=self.data.train.mean, std=self.data.train.std,
                         dtype=self.dtype, device=self.device, gather=self.ranks.gather)
 
@@ -232,15 +240,19 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     optim = {name: value for name, value in asdict(config.optim).items() if name in signature(build_optimizer).parameters}
     open_loader = partial(BatchLoader, device=device, mode=config.loader.mode, seed=config.run.seed,
                           workers=config.loader.workers, batches_ahead=config.loader.batches_ahead, of=ranks.launch)
+    average = average_weights(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if ranks.world > 1:
         synchronise(model, ranks.gather, ranks.launch.share, norms=config.loop.sync_norm)
     train_batches = open_loader(data.train, batch_size=config.loader.batch_size, indices=data.train_indices,
                                 drop_last=config.loader.drop_last, shares=config.loader.shares)
     test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size * ranks.world, indices=data.test_indices,
                                shuffle=False, shares="fixed")
-    return Session(config, data, device, dtype, model, build_optimizer(model, **optim),
+    optimizer = build_optimizer(model, **optim)
+    if average:
+        follow(average, model, optimizer)
+    return Session(config, data, device, dtype, model, optimizer,
                    torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
-                   train_batches, test_batches, ranks)
+                   train_batches, test_batches, ranks, average)
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -291,7 +303,7 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                     folder.write_start(config.as_dict(), environment)
                 elif state is not None:
                     checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
-                                                      session.generator)
+                                                      session.generator, session.average)
                 if state is not None and ranks.main:
                     folder.rewind(state["records"])
                     folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
@@ -495,7 +507,8 @@ class Keeper:
             if self.batches_done:
                 stop_unless_finite(session, self.tally.read(), self.epoch, self._folder)
             self._write(self._folder.path / "last.pt", {
-                "training": checkpoint.training_state(session.model, session.optimizer, session.scaler, session.generator),
+                "training": checkpoint.training_state(session.model, session.optimizer, session.scaler, session.generator,
+                                                      session.average),
                 "epoch": self.epoch, "batches_done": self.batches_done,
                 "tally": self.tally.state() if self.batches_done else None, "best": self.best,
                 "records": self._folder.records, "seconds": self.seconds(), "startup_seconds": self.startup_seconds,
@@ -557,7 +570,7 @@ def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: rep
 def weights(session: Session, epochs_done: int) -> dict:
     """What weights.pt holds: the net's state and all that is needed to rebuild it and to feed it images."""
     train = session.data.train
-    return {"model": session.model.state_dict(), "config": session.config.as_dict(), "epochs_done": epochs_done,
+    return {"model": session.result.state_dict(), "config": session.config.as_dict(), "epochs_done": epochs_done,
             "classes": list(train.classes), "mean": list(train.mean), "std": list(train.std)}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
@@ -74,6 +75,18 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
     if name == "muon":
         return Muon(groups, nesterov=nesterov)
     raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` to follow it, step by step, as the exponential moving average of its parameters and buffers (Polyak and
+    Juditsky, 1992, in the form of Tarvainen and Valpola, arXiv 1703.01780, section 2): over some 1 / (1 - decay) steps, the
+    first of which it takes as it is. `follow` ties it to the optimizer."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def follow(average: AveragedModel, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let `average` take `model` in after every step of `optimizer`."""
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
 
 
 class Muon(torch.optim.Optimizer):

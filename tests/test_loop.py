@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from seresnet import checkpoint, loop, report
-from seresnet.beton import write_beton
+from seresnet import checkpoint, loop, report, trained
+from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
 from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
 from seresnet.imageset import Split
@@ -343,7 +343,7 @@ def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
 
 # -- stop and go on -----------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0), "adamw": dict(optim__name="adamw", optim__lr=1e-3),
+OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0), "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
               "muon": dict(optim__name="muon", loader__mode="stream")}
 
 
@@ -493,6 +493,21 @@ def test_a_resumption_clears_what_killed_processes_left(betons, tmp_path, monkey
         (folder / f".{name}.tmp-{2**22 + 1}").write_bytes(b"half")    # a number above every process's
     train(betons, tmp_path, run__resume="auto")
     assert not list(folder.glob(".*"))
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(betons, tmp_path):
+    train(betons, tmp_path / "plain", loop__epochs=1, run__precision="fp32")
+    outcome = train(betons, tmp_path / "average", loop__epochs=1, run__precision="fp32", optim__ema_decay=0.7)
+    last, kept = (checkpoint.load(folder_of(tmp_path / "average") / name) for name in ("last.pt", "weights.pt"))
+    plain = checkpoint.load(folder_of(tmp_path / "plain") / "weights.pt")["model"]
+    assert all(torch.equal(plain[name], value) for name, value in last["training"]["model"].items()), "training itself is as it was"
+    assert int(last["training"]["average"]["n_averaged"]) == 9
+    for name, value in kept["model"].items():
+        assert torch.equal(value, last["training"]["average"][f"module.{name}"])
+    assert any(not torch.equal(value, plain[name]) for name, value in kept["model"].items())
+    net = trained.load(folder_of(tmp_path / "average"), "cpu", "fp32")
+    test = open_beton(betons["beton.test"])
+    assert int((net.predict(read_images(test)) == test.labels).sum()) == outcome["correct_tta"]
 
 
 def test_best_is_the_epoch_with_the_best_evaluation(betons, tmp_path):

@@ -203,3 +203,22 @@ def test_muon_state_survives_saving():
     steps(a, first, [2])
     steps(b, second, [2])
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_the_average_is_that_of_a_plain_loop_buffers_included(name):
+    model, decay = net().to(memory_format=torch.channels_last), 0.75
+    average = optim.average_weights(model, decay)
+    optimizer = optim.build_optimizer(model, name=name, lr=0.01)
+    optim.follow(average, model, optimizer)
+    generator, wanted = torch.Generator().manual_seed(0), None
+    for step in range(6):
+        model(torch.randn(4, 3, 16, 16, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = {key: value.double() for key, value in model.state_dict().items()}
+        wanted = now if wanted is None else {key: decay * wanted[key] + (1 - decay) * now[key] for key in now}
+    for key, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), wanted[key], atol=1e-6), key
+    assert not torch.equal(average.module.head.weight, model.head.weight)
