@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from seresnet import checkpoint, loop, report, trained
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
 from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
 from seresnet.imageset import Split
+from test_config import mappings, valid
 
 CLASSES = ("dark", "top", "bottom")
 SMALL = {"loader.batch_size": 16, "model.blocks": [1, 1], "model.channels": [8], "model.classes": 3,
@@ -213,6 +215,19 @@ def test_a_gradient_scale_that_has_fallen_to_nothing_stops_the_run(betons, tmp_p
     monkeypatch.setattr(loop, "open_session", open_session)
     with pytest.raises(NonFiniteLoss, match="epoch 1, step 9"):
         train(betons, tmp_path, run__precision="fp32")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mappings(valid))
+def test_any_config_of_right_values_is_prepared_or_refused_with_reasons(betons, mapping):
+    kept = ("beton.", "run.device", "model.max_parameters")    # the last could ask for all of the memory
+    try:
+        config = build({**SMALL, **{name: value for name, value in mapping.items() if not name.startswith(kept)}, **betons})
+        config, data, model = loop.prepare(config)
+    except UserError as error:
+        assert error.status == 2 and error.problems and all(": " in problem for problem in error.problems)
+    else:
+        assert len(data.train.classes) == config.model.classes == model.head.out_features
 
 
 # -- memory, disk, files under a training -------------------------------------------------------------------------------
