@@ -90,7 +90,7 @@ def load_cell(settings: config.Config) -> dict[str, float]:
         for epoch in range(2):
             started, seen = time.perf_counter(), 0
             for batch in session.train_batches.epoch(epoch):
-                seen += len(augment(batch))
+                seen += len(augment(batch, 0))
                 most = max(most, own_memory())
             took = time.perf_counter() - started
     return {"images_per_second": seen / took, "epoch_seconds": took, "own_memory_mib": most / 2**20}
