@@ -30,10 +30,12 @@ class Clock:
         """Book the time inside the block to `name`, less the lanes that are opened inside it."""
         self._book(wait_for_device)
         self._open.append(name)
+        ended = False
         try:
             yield
+            ended = True
         finally:
-            self._book(wait_for_device)
+            self._book(wait_for_device and ended)    # after an error the device may wait for another process that has gone
             self._open.pop()
 
     def waiting(self, items: Iterable[T], name: str) -> Iterator[T]:

@@ -159,7 +159,8 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
         runtime.give_voice(not isinstance(error, FailedElsewhere) and _first_to_speak(store))
         if lost:
             raise UserError(f"another of the {of.world} processes ended without a word, or did not answer for {SILENCE_SECONDS} s "
-                            "(the launcher's report names it): go on from the last checkpoint with --run.resume") from error
+                            f"(the launcher's report names it; {_first_line(error)}): go on from the last checkpoint with "
+                            "--run.resume") from error
         raise
     finally:
         if not lost:    # what is lost may never answer; the system closes its connections
