@@ -15,3 +15,14 @@ def keep(folder: str | None, name: str, recipe: str, result: dict) -> None:
                   "versions": runtime.describe_versions(), "commit": runtime.git_commit(),
                   "command": ["python", *sys.orig_argv[1:]]}
         (Path(folder) / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of a file: what grows is kept, not cached. 0 where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import keep
+from benchmarks import keep, own_memory
 from seresnet import config, runtime
 
 SIDE, CLASSES = 64, ("a", "b", "c", "d")
@@ -38,12 +38,6 @@ def write(path: Path, images: int) -> None:
             pixels[start:start + len(block)] = (block + np.uint8(number))[:images - start]    # no two blocks alike
         labels = np.arange(images) % len(CLASSES)
         write_beton(path, Split(pixels, labels), classes=CLASSES, name="noise", source="benchmarks.large", fingerprint="noise")
-
-
-def own_memory() -> int:
-    """Bytes that this process holds and no file backs."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition("RssAnon:")[2].split()[0]) << 10
 
 
 def forget(path: Path) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import keep
+from benchmarks import keep, own_memory
 from seresnet import config, report, runtime
 
 AXES = {"batch": (64, 128, 256, 512, 1024, 2048, 4096), "side": (32, 64, 96), "images": (1, 2, 4, 8), "cores": (1, 2)}
@@ -46,17 +46,6 @@ def noise_betons(folder: Path, images: int, side: int, classes: int) -> dict[str
         split = Split(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), np.arange(count, dtype=np.int64) % classes)
         write_beton(folder / f"{name}.beton", split, classes=names, name="noise", source="benchmarks.scaling", fingerprint="-")
     return {name: str(folder / f"{name}.beton") for name in ("train", "test")}
-
-
-def own_memory() -> int:
-    """Bytes of this process that are not pages of a file: what grows is kept, not cached. 0 where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 0
 
 
 def train_cell(settings: config.Config, seconds: float) -> dict[str, float]:

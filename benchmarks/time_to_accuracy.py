@@ -80,7 +80,7 @@ def run_seed(settings: config.Config, seed: int, folder: Path) -> dict:
 
 def read_report(folder: Path) -> dict:
     """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece."""
-    outcome = json.loads((folder / "report.json").read_text())
+    outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text())
     whole = series.exists() and not outcome["resumed"]
     return {**outcome, "commit": environment["commit"],
