@@ -90,7 +90,6 @@ def worker(settings: config.Config, own: argparse.Namespace, places: dict) -> No
                 group.gather(torch.zeros(1))    # all begin together
                 again = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
                 rows.append({"case": name, "batches": most, **measure(again, group, most)})
-        settings, data, model = loop.prepare(settings, of)
         for mode, indices in (("stream", None), ("resident", few)):
             chosen = config.build({**NET, "beton.train": places["train"], "beton.test": places["test"], "loader.mode": mode})
             chosen, data, model = loop.prepare(chosen, of)

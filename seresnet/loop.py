@@ -470,9 +470,9 @@ class Keeper:
             self._leave()
 
     def _leave(self) -> None:
-        raise runtime.Interrupted(f"stopped in epoch {self.epoch + 1}, {self.batches_done} of "
-                                  f"{len(self._session.train_batches)} steps done: go on with --run.resume "
-                                  f"{self._folder.path}", self._asked)
+        where = (f"epoch {self.epoch + 1}, {self.batches_done} of {len(self._session.train_batches)} steps done"
+                 if self.epoch < self._session.config.loop.epochs else "the evaluation, all epochs done")
+        raise runtime.Interrupted(f"stopped in {where}: go on with --run.resume {self._folder.path}", self._asked)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the present epoch so far, a lane, those before an interruption included."""
@@ -547,7 +547,7 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
             report.print_epoch(folder.records[-1], epochs)
             keeper.leave_if_asked()
         if result is None:    # the earlier process ended between its last epoch and its report
-            result = session.evaluate(config.evaluate.tta)
+            result = session.evaluate(config.evaluate.tta, keeper.watch)
     return finish(session, folder, result, keeper)
 
 

@@ -77,7 +77,7 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
                     marker="o" if len(points) <= 40 else None, markersize=3)
         if run["outcome"]:
             times.plot(run["outcome"]["train_seconds"] + run["outcome"]["eval_seconds"], run["outcome"]["accuracy_tta"], "o",
-                       color=colour, markersize=7, markerfacecolor="none" if style == "--" else colour)
+                       color=colour, markersize=7, markerfacecolor="none" if style == "--" else colour, clip_on=False)
     curves.set_xlabel("epoch")
     curves.set_ylabel("accuracy on the evaluation split")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,6 +91,46 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
         axes.grid(alpha=0.3)
         _bare(axes)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
+    """Accuracy over minutes, on a logarithmic axis: our series with their seeds, others' trainings beside them.
+
+    points: `name`, `accuracies` (fractions), `seconds` (None: left out), `ours`, `measured` (else drawn hollow) each.
+    """
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+    figure = _figure(8.5, 4.8)
+    axes = figure.subplots()
+    shown = [point for point in points if point["seconds"] is not None]
+    for point in shown:
+        minutes, mean = point["seconds"] / 60, float(np.mean(point["accuracies"]))
+        colour, marker = (COLOURS[0], "o") if point["ours"] else ("#777777", "D")
+        axes.plot([minutes], [mean], marker, color=colour, markersize=8, markerfacecolor=colour if point["measured"] else "none", zorder=3)
+        if len(point["accuracies"]) > 1:
+            axes.plot([minutes] * len(point["accuracies"]), point["accuracies"], "_", color=colour, markersize=9)
+        crowded = any(1 < other["seconds"] / point["seconds"] < 3 and abs(np.mean(other["accuracies"]) - mean) < 0.001 for other in shown)
+        axes.annotate(point["name"], (minutes, mean), (-7 if crowded else 7, -3), textcoords="offset points", fontsize=8.5, color=colour,
+                      ha="right" if crowded else "left", weight="bold" if point["ours"] else "normal")
+    for ours, measured, text in ((True, True, "ours, mean (dashes: seeds)"), (False, True, "others, run on the same machine"),
+                                 (False, False, "others, published accuracy at our arithmetic rate")):
+        if any((point["ours"], point["measured"]) == (ours, measured) for point in shown):
+            colour = COLOURS[0] if ours else "#777777"
+            axes.plot([], [], "o" if ours else "D", color=colour, markersize=7, markerfacecolor=colour if measured else "none", label=text)
+    axes.set_xscale("log")
+    low, high = (limit(point["seconds"] / 60 for point in shown) for limit in (min, max))
+    axes.set_xlim(low / 1.6, high * 2.6)    # room for the names on the right
+    ticks = [m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low / 1.6 <= m <= high * 2.6]
+    axes.set_xticks(ticks or [low], minor=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.margins(y=0.12)
+    axes.set_xlabel("training and evaluation (minutes, logarithmic)")
+    axes.set_ylabel("test accuracy, with each one's TTA")
+    axes.grid(alpha=0.3)
+    _bare(axes)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
 
 

@@ -146,25 +146,26 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
                                 rank=of.rank, world_size=of.world, timeout=silence)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(f"the {of.world} processes did not find each other ({_first_line(error)}): are all machines started, and do "
-                        "they reach the first one's MASTER_ADDR and MASTER_PORT?") from error
+                        "they reach the first one's MASTER_ADDR and MASTER_PORT? Where a machine has several networks, "
+                        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one to take") from error
     ranks = Ranks(of)
-    lost = False
     try:
         with nullcontext() if ranks.main else open_null() as null, nullcontext() if ranks.main else redirect_stdout(null):
             yield ranks
         ranks._answer()
         gc.collect()    # DistributedDataParallel lies in a circle, and aborts the program where it outlives the group
+        dist.destroy_process_group()
+    except runtime.Interrupted:    # all leave together
+        dist.destroy_process_group()
+        raise
     except BaseException as error:
-        lost = is_loss(error)
+        # The group is left to the system: taking it apart may wait for processes that will not answer, and the message with it.
         runtime.give_voice(not isinstance(error, FailedElsewhere) and _first_to_speak(store))
-        if lost:
+        if is_loss(error):
             raise UserError(f"another of the {of.world} processes ended without a word, or did not answer for {SILENCE_SECONDS} s "
                             f"(the launcher's report names it; {_first_line(error)}): go on from the last checkpoint with "
                             "--run.resume") from error
         raise
-    finally:
-        if not lost:    # what is lost may never answer; the system closes its connections
-            dist.destroy_process_group()
 
 
 def open_null():

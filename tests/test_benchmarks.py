@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import ddp, scaling, time_to_accuracy
-from seresnet import runtime
+from benchmarks import ddp, frontier, scaling, time_to_accuracy
+from seresnet import config, runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,3 +140,53 @@ def test_benchmarks_of_several_processes_run(run, tmp_path, module, arguments, t
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and text in done.stdout, done.stdout + done.stderr
     assert json.loads((tmp_path / f"{module}.json").read_text())["rows"]
+
+
+def a_series(folder, **keys):
+    """What a series of two trainings on 1,000 images leaves, in 20 and 30 seconds."""
+    settings = config.build({"model.blocks": [1], "model.channels": [8], "loop.epochs": 2, **keys})
+    runs = [{"accuracy_tta": accuracy, "train_seconds": seconds, "eval_seconds": 1.0, "images_per_second": 2000 / seconds}
+            for accuracy, seconds in ((0.5, 20.0), (0.7, 30.0))]
+    path = folder / "small.json"
+    path.write_text(json.dumps({"recipe": "small", "config": settings.as_dict(), "runs": runs}))
+    return path
+
+
+def test_the_frontier_puts_others_where_their_arithmetic_does(tmp_path):
+    ours, = frontier.our_points([a_series(tmp_path)])
+    # a stem of 3 to 8 channels, a block of two convolutions of 8 to 8, a head of 8 to 10; the stem hands no gradient to the images
+    stem, block, head = 1024 * 8 * 3 * 9, 2 * 1024 * 8 * 8 * 9, 8 * 10
+    assert ours["pflop"] * 1e15 == pytest.approx(2 * (2 * stem + 3 * block + 3 * head) * 2000)
+    assert (ours["accuracy"], ours["seconds"], ours["rate"]) == pytest.approx((0.6, 26.0, ours["pflop"] * 1e15 / 25))
+    anchors = [{"name": "a", "accuracy": 0.9, "pflop": 0.002, "time": "1 s", "source": "x"},
+               {"name": "b", "accuracy": 0.8, "pflop": 0.002, "time": "1 s", "source": "x"},
+               {"name": "c", "accuracy": 0.7, "time": "1 s", "source": "x"}]
+    a, b, c = frontier.their_points(anchors, {"b": {"accuracy": 0.81, "seconds": 7.0}}, 1e9)
+    assert (a["seconds"], a["measured"]) == (2000.0, False) and (b["seconds"], b["accuracy"], b["measured"]) == (7.0, 0.81, True)
+    assert c["seconds"] is None
+    with pytest.raises(runtime.UserError, match="d: not in anchors.yaml"):
+        frontier.their_points(anchors, {"d": {"accuracy": 0.5, "seconds": 1.0}}, 1e9)
+
+
+def test_a_crop_costs_less_arithmetic(tmp_path):
+    whole, = frontier.our_points([a_series(tmp_path)])
+    half, = frontier.our_points([a_series(tmp_path, **{"augment.sides": [16, 32]})])
+    assert half["pflop"] == pytest.approx(whole["pflop"] * (0.25 + 1) / 2, rel=1e-3)
+
+
+def test_the_frontier_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "frontier.png"
+    monkeypatch.setattr(sys, "argv", ["frontier", str(a_series(tmp_path)), "--picture", str(picture)])
+    frontier.main()
+    rows = capsys.readouterr().out.splitlines()
+    order = [next(i for i, row in enumerate(rows) if name in row) for name in ("**small**", "airbench94_muon", "airbench96 ")]
+    assert order == sorted(order) and "reckoned" in rows[order[1]] and "n = 2" in rows[order[0]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"runs": []}', '{"recipe": "x"}'])
+def test_what_is_no_series_is_refused_by_name(tmp_path, monkeypatch, content):
+    (tmp_path / "x.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["frontier", str(tmp_path / "x.json")])
+    with pytest.raises(runtime.UserError, match="x.json: is no series"):
+        frontier.main()

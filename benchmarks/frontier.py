@@ -1,0 +1,106 @@
+"""Accuracy against time, ours beside others': python -m benchmarks.frontier SERIES.json ... [--peers FILE] [--picture FILE]
+
+SERIES.json is what benchmarks.time_to_accuracy leaves. Others' published figures are in benchmarks/anchors.yaml. Their times on
+another machine say nothing about this one, so each stands where its arithmetic puts it at the rate (FLOP/s) of the first
+series, drawn hollow; --peers names a JSON file of those that were run on the same machine, {name: {accuracy, seconds}}, drawn full.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from seresnet import report, runtime
+
+ANCHORS = Path(__file__).with_name("anchors.yaml")
+
+
+def flop_of_training(series: Mapping) -> float:
+    """Floating-point operations of one training of a series: of convolutions and matrix products, forward and backward."""
+    from benchmarks.epochs import flop_an_image
+    from seresnet import config, loop
+    from seresnet.augment import crop_side
+    net = series["config"]["model"]
+    side = net["image_size"] or 32
+    settings = config.build(series["config"], {"model.classes": net["classes"] or 10, "model.image_size": side})
+    model, epochs = loop.build_model(settings), settings.loop.epochs
+    sides = [crop_side(settings.augment.sides, epoch, epochs) or side for epoch in range(epochs)]
+    an_image = {s: flop_an_image(model, s) for s in set(sides)}
+    run = series["runs"][0]
+    return statistics.fmean(an_image[s] for s in sides) * run["images_per_second"] * run["train_seconds"]
+
+
+def our_points(files: Sequence[str]) -> list[dict]:
+    """A point a series: accuracies with TTA, median seconds of training and evaluation, arithmetic."""
+    points = []
+    for file in files:
+        try:
+            series = json.loads(Path(file).read_text())
+            accuracies = [run["accuracy_tta"] for run in series["runs"]]
+            seconds = statistics.median(run["train_seconds"] + run["eval_seconds"] for run in series["runs"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise runtime.UserError(f"{file}: is no series of benchmarks.time_to_accuracy ({error!r})") from error
+        flop = flop_of_training(series)
+        points.append({"name": series["recipe"], "ours": True, "measured": True, "accuracy": statistics.fmean(accuracies),
+                       "accuracies": accuracies, "seconds": seconds, "pflop": flop / 1e15, "note": f"n = {len(accuracies)}",
+                       "rate": flop / statistics.median(run["train_seconds"] for run in series["runs"])})
+    return points
+
+
+def their_points(anchors: Sequence[Mapping], peers: Mapping[str, Mapping], rate: float) -> list[dict]:
+    """A point an anchor: as measured beside ours where it is among the peers, else where `rate` puts its arithmetic.
+
+    Raises UserError for a peer that is no anchor.
+    """
+    strangers = sorted(set(peers) - {anchor["name"] for anchor in anchors})
+    if strangers:
+        raise runtime.UserError(f"--peers: {', '.join(strangers)}: not in {ANCHORS.name}: add them there, with their source")
+    points = []
+    for anchor in anchors:
+        peer, pflop = peers.get(anchor["name"]), anchor.get("pflop")
+        points.append({"name": anchor["name"], "ours": False, "measured": bool(peer), "pflop": pflop,
+                       "accuracy": peer["accuracy"] if peer else anchor["accuracy"],
+                       "accuracies": [peer["accuracy"] if peer else anchor["accuracy"]],
+                       "seconds": peer["seconds"] if peer else pflop * 1e15 / rate if pflop else None,
+                       "note": f"published: {anchor['accuracy']:.2%}, {anchor['time']} ({anchor['source']})"})
+    return points
+
+
+def table(points: Sequence[Mapping]) -> str:
+    """All points as Markdown, by accuracy."""
+    def minutes(point: Mapping) -> str:
+        return "-" if point["seconds"] is None else f"{point['seconds'] / 60:.1f}" + ("" if point["measured"] else " (reckoned)")
+    rows = [(point["name"] if not point["ours"] else f"**{point['name']}**", f"{point['accuracy']:.2%}", minutes(point),
+             f"{point['pflop']:.2f}" if point["pflop"] else "-", point["note"])
+            for point in sorted(points, key=lambda point: point["accuracy"])]
+    return report.table(("training", "accuracy", "minutes here", "PFLOP", "n, or as published"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("series", nargs="+", help="what benchmarks.time_to_accuracy left: <out>/<recipe>.json")
+    parser.add_argument("--peers", help="JSON of others' trainings on this machine: {name: {accuracy, seconds}}")
+    parser.add_argument("--picture", help="write the plot to this file, such as frontier.png")
+    own = parser.parse_args(sys.argv[1:])
+    try:
+        peers = json.loads(Path(own.peers).read_text()) if own.peers else {}
+    except (OSError, ValueError) as error:
+        raise runtime.UserError(f"--peers: {own.peers}: {error}") from error
+    if own.picture:
+        report.check_writable(own.picture)
+    ours = our_points(own.series)
+    points = ours + their_points(yaml.safe_load(ANCHORS.read_text()), peers, ours[0]["rate"])
+    print(table(points))
+    print(f"\nreckoned: PFLOP at the {ours[0]['rate'] / 1e12:.3f} TFLOP/s of {ours[0]['name']}'s training")
+    if own.picture:
+        from seresnet.pictures import draw_frontier
+        draw_frontier(points, Path(own.picture))
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
