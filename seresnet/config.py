@@ -29,6 +29,8 @@ from seresnet.runtime import UserError
 MOST_CONVOLUTIONS = 2000    # a net of that many takes seconds to build; a slip of a finger asks for more
 # Of numbers: products and quotients of any two keys then still are float32's, in which torch's optimizers take them.
 SMALLEST_NUMBER, LARGEST_NUMBER = 1e-15, 1e30
+# What other programs call a key's last part: named where it is asked for, never taken silently.
+ALSO_CALLED = {"learning_rate": "lr", "max_lr": "lr", "num_workers": "workers", "wd": "weight_decay", "num_epochs": "epochs"}
 LARGEST_FILE = 1 << 20      # bytes of a YAML file; a recipe has a thousand
 
 
@@ -539,7 +541,8 @@ def _flatten(mapping: Mapping, prefix: str = ""):
 
 def _nearest(name: str, known: Sequence[str], dashes: str = "") -> str:
     """': did you mean X?' where a known key is near in spelling, or has the same last part in another section."""
-    same = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    word = ALSO_CALLED.get(name.rpartition(".")[2], name.rpartition(".")[2])
+    same = [k for k in known if k.rpartition(".")[2] == word]
     near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:
         last = {k.rpartition(".")[2]: k for k in known}

@@ -151,6 +151,12 @@ def test_prefixes_of_options_are_not_accepted():
         parse(["--loop.epoch", "3"])
 
 
+@pytest.mark.parametrize("asked, meant", [("--optim.learning_rate", "optim.lr"), ("--loop.num_epochs", "loop.epochs")])
+def test_names_of_other_programs_are_known(asked, meant):
+    with pytest.raises(ConfigError, match=f"{asked}: there is no such key: did you mean --{meant}?"):
+        parse([asked, "3"])
+
+
 def test_a_programs_own_options_stand_beside_the_keys():
     parser = argparse.ArgumentParser()
     parser.add_argument("--force", action="store_true")
