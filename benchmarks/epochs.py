@@ -142,13 +142,13 @@ def main() -> None:
     import torch
 
     from seresnet import loop
-    from seresnet.augment import crop_side
+    from seresnet.optim import stepwise
     device = runtime.pick_device(settings.run.device)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     settings, data, model = loop.prepare(settings)
     # the first epochs are timed: where the recipe crops, they see crops
-    flop = flop_an_image(model, crop_side(settings.augment.sides, 0, settings.loop.epochs) or settings.model.image_size)
+    flop = flop_an_image(model, stepwise(settings.augment.sides, 0, settings.loop.epochs, settings.model.image_size))
     with loop.open_session(settings, device, data, model) as session:
         ceiling = matrix_product_rate(session.dtype, device)
         batches = session.train_batches

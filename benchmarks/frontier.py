@@ -24,15 +24,16 @@ def flop_of_training(series: Mapping) -> float:
     """Floating-point operations of one training of a series: of convolutions and matrix products, forward and backward."""
     from benchmarks.epochs import flop_an_image
     from seresnet import config, loop
-    from seresnet.augment import crop_side
+    from seresnet.optim import stepwise
     net = series["config"]["model"]
     side = net["image_size"] or 32
     settings = config.build(series["config"], {"model.classes": net["classes"] or 10, "model.image_size": side})
     model, epochs = loop.build_model(settings), settings.loop.epochs
-    sides = [crop_side(settings.augment.sides, epoch, epochs) or side for epoch in range(epochs)]
-    an_image = {s: flop_an_image(model, s) for s in set(sides)}
-    run = series["runs"][0]
-    return statistics.fmean(an_image[s] for s in sides) * run["images_per_second"] * run["train_seconds"]
+    sides = [stepwise(settings.augment.sides, epoch, epochs, side) for epoch in range(epochs)]
+    shares = [stepwise(settings.loop.hardest, epoch, epochs, 1) for epoch in range(epochs)]
+    an_image, run = {s: flop_an_image(model, s) for s in set(sides)}, series["runs"][0]
+    mean = sum(an_image[s] * share for s, share in zip(sides, shares)) / sum(shares)
+    return mean * run["images_per_second"] * run["train_seconds"]
 
 
 def our_points(files: Sequence[str]) -> list[dict]:

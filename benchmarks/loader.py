@@ -58,12 +58,13 @@ def ours(beton, settings, mode: str, augmented: bool, device, dtype):
 
         import torch
 
-        from seresnet.augment import crop_side, train_batch
+        from seresnet.augment import train_batch
+        from seresnet.optim import stepwise
         from seresnet.loader import BatchLoader
         batches = BatchLoader(beton, batch_size=settings.loader.batch_size, device=device, mode=mode, seed=settings.run.seed,
                               workers=settings.loader.workers, batches_ahead=settings.loader.batches_ahead)
         generator, keys = torch.Generator(device), asdict(settings.augment)
-        keys["side"] = crop_side(keys.pop("sides"), 0, settings.loop.epochs)
+        keys["side"] = stepwise(keys.pop("sides"), 0, settings.loop.epochs, 0)
 
         def one_pass(epoch):
             for batch in batches.epoch(epoch):

@@ -116,11 +116,6 @@ def random_normal(count: int, shape: Sequence[int], generator: torch.Generator) 
     return torch.randn(count, height, width, channels, generator=generator, device=generator.device).permute(0, 3, 1, 2)
 
 
-def crop_side(sides: Sequence[int], epoch: int, epochs: int) -> int:
-    """The side of the crops in `epoch` (from 0) of `epochs`, of which each of `sides` gets an equal share; 0 without sides."""
-    return sides[epoch * len(sides) // epochs] if sides else 0
-
-
 def flip_and_shift(images: torch.Tensor, flips: torch.Tensor | None, shifts: torch.Tensor | None, padding: str,
                    fill: Sequence[float], side: int = 0) -> torch.Tensor:
     """Mirror some images left to right, then move each by its own number of pixels and keep the middle, in one gather.

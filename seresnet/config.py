@@ -185,6 +185,8 @@ class Optim:
 @dataclass(frozen=True)
 class Loop:
     epochs: int = key(200, "passes over the training images", at_least=1)
+    hardest: list[float] = key((), "shares of the images, the hardest so far, each for an equal share of the epochs; empty: all",
+                               above=0, at_most=1, lengths=range(1025))
     sync_norm: bool = key(True, "several processes normalise by the whole batch, as one does; false: each by its own share")
 
 
@@ -377,6 +379,9 @@ def contradictions(c: Config) -> list[str]:
     for side in c.augment.sides:
         if 0 < c.model.image_size < side:
             found.append(f"augment.sides: got {side}, expected at most model.image_size = {c.model.image_size}")
+    if any(share < 1 for share in c.loop.hardest) and c.loader.shares == "fixed":
+        found.append("loop.hardest, loader.shares: got a part of the images and fixed, expected drawn: with fixed shares one process "
+                     "would have more of the hardest than another")
     convolutions = sum(c.model.blocks) * c.model.block_depth
     if convolutions > MOST_CONVOLUTIONS:
         found.append(f"model.blocks, model.block_depth: got {convolutions:,} convolutions, expected {MOST_CONVOLUTIONS:,} at most")

@@ -82,7 +82,7 @@ class BatchLoader:
     core from the training (records/: loader). batches_ahead: batches that `stream` prepares in advance.
     timeout_seconds: how long a batch may take before the reader counts as stuck.
 
-    Attributes: `mode` (stream or resident), `samples` (an epoch's, before drop_last); len() gives the batches an epoch.
+    Attributes: `mode` (stream or resident), `indices`, `samples` (their number, before drop_last); len() gives the batches an epoch.
     Raises LoaderError where an epoch would be empty or an index is not in the beton.
     """
 
@@ -97,7 +97,7 @@ class BatchLoader:
         if len(indices) == 0 or (drop_last and len(indices) < batch_size):
             raise LoaderError(f"{beton.path}: {len(indices)} images give no batch of loader.batch_size = {batch_size} with "
                               "loader.drop_last = true: choose a smaller batch, or --loader.drop_last false")
-        self.samples = len(indices)
+        self.samples, self.indices = len(indices), indices
         self._of, self._fixed = of, shares == "fixed" and of.world > 1
         self._here = indices[of.share] if self._fixed else indices    # what this process reads in the course of time
         held = len(self._here) * (of.local_world if device.type == "cpu" else 1)    # by all that share the memory
@@ -110,34 +110,43 @@ class BatchLoader:
         self._resident: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
-        return self.samples // self._batch_size if self._drop_last else -(-self.samples // self._batch_size)
+        return self.batches(self.samples)
 
-    def whole(self, number: int) -> int:
-        """How many samples batch `number` of an epoch has, in all processes together."""
-        return min(self._batch_size, self.samples - number * self._batch_size)
+    def batches(self, samples: int) -> int:
+        """How many batches an epoch of so many samples has."""
+        return samples // self._batch_size if self._drop_last else -(-samples // self._batch_size)
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+    def whole(self, number: int, samples: int) -> int:
+        """How many samples batch `number` of an epoch of `samples` has, in all processes together."""
+        return min(self._batch_size, samples - number * self._batch_size)
+
+    def epoch(self, epoch: int, first_batch: int = 0, only: np.ndarray | None = None) -> Iterator[Batch]:
         """The batches of `epoch`, counted from 0, from its `first_batch` on; any of them at any time. Leaving the iterator
         early, by break or close(), ends its reader thread and frees its memory.
 
+        only: bool, one for each sample of the beton: those to deliver, in the order in which they stand among all; all where None
+        (and with `fixed` shares, always).
         All processes get as many batches; one that has no sample of the last gets it empty.
 
         Raises LoaderError where the beton cannot be read any more, within a second of the failure.
         """
-        if first_batch >= len(self):
-            return iter(())
         order = epoch_order(self.samples, self._seed, epoch) if self._shuffle else np.arange(self.samples)
+        if only is not None:
+            order = order[only[self.indices[order]]]
+        count = self.batches(len(order))
+        if first_batch >= count:
+            return iter(())
         of, size = self._of, self._share_size
         if self._fixed:
             order = order[order % of.world == of.rank] // of.world    # places among the samples of this process
         else:
             order = order[of.share]    # processes divide a batch: each has its part of every one
-        order = order[first_batch * size:len(self) * size]
+        order = order[first_batch * size:count * size]
         if not len(order):
             batches = iter(())
         else:
             batches = self._gather(order) if self.mode == "resident" else self._stream.read(self._here[order])
-        lacking = len(self) - first_batch - -(-len(order) // size)
+        lacking = count - first_batch - -(-len(order) // size)
         return batches if not lacking else self._and_empty(batches)
 
     def _and_empty(self, batches: Iterator[Batch]) -> Iterator[Batch]:

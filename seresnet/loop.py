@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from seresnet import checkpoint, report, runtime
-from seresnet.augment import crop_side, normalise, train_batch
+from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.loader import Batch, BatchLoader, holdout_split
-from seresnet.loss import Tally, Totals, smoothed_cross_entropy
+from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
 from seresnet.optim import (AveragedModel, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
-                            set_learning_rate)
+                            set_learning_rate, stepwise)
 from seresnet.ranks import Ranks, join
 from seresnet.synced import expect, synchronise
 
@@ -76,6 +76,12 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     if "train" in betons and config.evaluate.split == "holdout" and config.evaluate.holdout_size >= betons["train"].samples:
         problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the "
                         f"{betons['train'].samples} images of {config.beton.train}")
+    if "train" in betons and config.loop.hardest:
+        held = config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0
+        fewest = round(min(config.loop.hardest) * (betons["train"].samples - held))
+        if fewest < (config.loader.batch_size if config.loader.drop_last else 1):
+            problems.append(f"loop.hardest: got {min(config.loop.hardest)}, which leaves {max(0, fewest)} images and no batch of "
+                            f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches")
     if problems:
         raise runtime.UserError(*problems)
     if config.evaluate.split == "test":
@@ -115,11 +121,13 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, learning_rate: Callable[[int], float],
                 first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
+                note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device; the totals are read once.
 
     augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
+    note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
@@ -137,6 +145,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         tally.add(logits, batch.labels, value)
+        note(logits, batch)
         after_step(step + 1, tally)
     return tally.read()
 
@@ -157,6 +166,7 @@ class Session:
     test_batches: BatchLoader
     ranks: Ranks
     average: AveragedModel | None = None    # of the weights, with optim.ema_decay
+    difficulty: Difficulty | None = None    # of the training images, with loop.hardest
 
     @property
     def result(self) -> nn.Module:
@@ -170,49 +180,74 @@ class Session:
         self.train_batches.close()
         self.test_batches.close()
 
+    def samples(self, epoch: int) -> int:
+        """How many images `epoch` (from 0) trains on."""
+        return round(self.train_batches.samples * stepwise(self.config.loop.hardest, epoch, self.config.loop.epochs, 1))
+
+    def steps(self, epoch: int) -> int:
+        """How many batches that is."""
+        return self.train_batches.batches(self.samples(epoch))
+
+    def first_step(self, epoch: float) -> int:
+        """The run's step (from 0) with which `epoch` begins, or which it has reached at a fraction."""
+        whole = int(epoch)
+        return round(sum(map(self.steps, range(whole))) + (epoch - whole) * self.steps(min(whole, self.config.loop.epochs - 1)))
+
+    def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches that `epoch` trains on, from its `first_batch` on: of all images, or of the hardest."""
+        only, count = None, self.samples(epoch)
+        if count < self.train_batches.samples:
+            only = self.difficulty.hardest(count, torch.from_numpy(self.train_batches.indices)).numpy()
+        return self.train_batches.epoch(epoch, first_batch, only)
+
     def learning_rate(self, step: int) -> float:
         """The share of the peak learning rate at `step`, counted from 0 over the whole run."""
-        optim, an_epoch = self.config.optim, len(self.train_batches)
+        optim = self.config.optim
         return learning_rate_factor(
-            step, schedule=optim.schedule, total_steps=self.config.loop.epochs * an_epoch,
-            warmup_steps=round(optim.warmup_epochs * an_epoch), start=optim.start, final=optim.final,
-            milestones=[round(epoch * an_epoch) for epoch in optim.milestones], gamma=optim.gamma)
+            step, schedule=optim.schedule, total_steps=self.first_step(self.config.loop.epochs),
+            warmup_steps=self.first_step(optim.warmup_epochs), start=optim.start, final=optim.final,
+            milestones=[self.first_step(epoch) for epoch in optim.milestones], gamma=optim.gamma)
 
     def parts(self, epoch: int, batches_done: int = 0) -> dict:
         """The arguments of train_epoch for `epoch` (from 0), of which `batches_done` were trained on before.
 
-        Seeds the generators from (run seed, epoch), so that an epoch's random numbers do not depend on what ran before it;
-        inside an epoch they are as the checkpoint left them.
+        Begins the epoch: seeds the generators from (run seed, epoch), so that an epoch's random numbers do not depend on what ran before it;
+        inside an epoch they are as the checkpoint left them. `batches` has to be asked for after it.
         """
         config, data = self.config, self.data.train
         if batches_done == 0:
             self.generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
             torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
-        settings, of = asdict(config.augment), self.ranks.launch
-        settings["side"] = crop_side(settings.pop("sides"), epoch, config.loop.epochs)
+        settings, of, noting = asdict(config.augment), self.ranks.launch, {}
+        settings["side"] = stepwise(settings.pop("sides"), epoch, config.loop.epochs, 0)
+        first_step = self.first_step(epoch)
         if of.world > 1:
             settings["share"] = of.share
 
         def augment(batch: Batch, step: int) -> torch.Tensor:
             if of.world > 1:
-                settings["whole"] = self.whole(step)
+                settings["whole"] = whole(step)
                 expect(self.model, settings["whole"])
             return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
                                dtype=self.dtype, generator=self.generator, seed=config.run.seed)
 
         def weight(step: int, count: int) -> float:
-            return count * of.world / self.whole(step) if of.world > 1 else 1.0
+            return count * of.world / whole(step) if of.world > 1 else 1.0
+
+        def whole(step: int) -> int:
+            return self.train_batches.whole(step - first_step, self.samples(epoch))
+
+        if self.difficulty:
+            if batches_done == 0:
+                self.difficulty.begin_epoch()
+            noting["note"] = lambda logits, batch: self.difficulty.note(logits, batch.labels, batch.indices)
 
         return dict(
             augment=augment, weight=weight, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
-            learning_rate=self.learning_rate, first_step=epoch * len(self.train_batches) + batches_done)
-
-    def whole(self, step: int) -> int:
-        """How many images the run's `step` (from 0) trains on, in all processes together."""
-        return self.train_batches.whole(step % len(self.train_batches))
+            learning_rate=self.learning_rate, first_step=first_step + batches_done, **noting)
 
     def tally(self) -> Tally:
         """A new one, of all processes together."""
@@ -252,7 +287,8 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
         follow(average, model, optimizer)
     return Session(config, data, device, dtype, model, optimizer,
                    torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
-                   train_batches, test_batches, ranks, average)
+                   train_batches, test_batches, ranks, average,
+                   Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None)
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -304,6 +340,10 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 elif state is not None:
                     checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
                                                       session.generator, session.average)
+                    if session.difficulty and ranks.main:
+                        session.difficulty.go_on_from(state["difficulty"])
+                    elif session.difficulty:
+                        session.difficulty.go_on_from({"now": state["difficulty"]["before"], **state["difficulty"]})
                 if state is not None and ranks.main:
                     folder.rewind(state["records"])
                     folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
@@ -451,7 +491,7 @@ class Keeper:
         """Save inside an epoch where `checkpoint.every_steps` says so, or to stop."""
         every = self._session.config.checkpoint.every_steps
         if self._asked_to_stop() or (every and step % every == 0):
-            self.batches_done = step - self.epoch * len(self._session.train_batches)
+            self.batches_done = step - self._session.first_step(self.epoch)
             self.save()
             if self._asked:
                 self._leave()
@@ -470,7 +510,7 @@ class Keeper:
             self._leave()
 
     def _leave(self) -> None:
-        where = (f"epoch {self.epoch + 1}, {self.batches_done} of {len(self._session.train_batches)} steps done"
+        where = (f"epoch {self.epoch + 1}, {self.batches_done} of {self._session.steps(self.epoch)} steps done"
                  if self.epoch < self._session.config.loop.epochs else "the evaluation, all epochs done")
         raise runtime.Interrupted(f"stopped in {where}: go on with --run.resume {self._folder.path}", self._asked)
 
@@ -511,6 +551,7 @@ class Keeper:
                                                       session.average),
                 "epoch": self.epoch, "batches_done": self.batches_done,
                 "tally": self.tally.state() if self.batches_done else None, "best": self.best,
+                "difficulty": session.difficulty.state() if session.difficulty else None,
                 "records": self._folder.records, "seconds": self.seconds(), "startup_seconds": self.startup_seconds,
                 "total_seconds": self.total_seconds(), "resumed": self.resumed, "config": session.config.as_dict(),
                 "recipe": session.config.recipe, "processes": session.ranks.world,
@@ -519,7 +560,7 @@ class Keeper:
 
 def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = None) -> dict:
     """Every epoch of the run, or those left of it after `state`: train, check, evaluate, save, log; then the report."""
-    config, epochs, steps = session.config, session.config.loop.epochs, len(session.train_batches)
+    config, epochs = session.config, session.config.loop.epochs
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
     network = torch.compile(network) if config.run.compile else network
@@ -530,12 +571,13 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
         for epoch in range(keeper.epoch, epochs):
             last = epoch == epochs - 1
             with clock.lane("train"):
-                batches = session.train_batches.epoch(epoch, keeper.batches_done)
+                parts = session.parts(epoch, keeper.batches_done)
+                batches = session.batches(epoch, keeper.batches_done)
                 if ranks.main:
-                    batches = report.progress(batches, steps, f"epoch {epoch + 1}/{epochs}", keeper.batches_done)
+                    batches = report.progress(batches, session.steps(epoch), f"epoch {epoch + 1}/{epochs}", keeper.batches_done)
                 totals = train_epoch(network, clock.waiting(batches, "data_wait"), tally=keeper.tally,
-                                     after_step=keeper.after_step, **session.parts(epoch, keeper.batches_done))
-            keeper.batches_done = steps
+                                     after_step=keeper.after_step, **parts)
+            keeper.batches_done = session.steps(epoch)
             session.equalise()
             stop_unless_finite(session, totals, epoch, folder)
             with clock.lane("eval"):
@@ -559,11 +601,11 @@ def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: rep
         scale = session.scaler.get_scale()    # 1 where nothing is scaled
         if finite.all() and scale >= SMALLEST_SCALE:
             return
-        step = len(session.train_batches) - 1    # the loss was finite throughout: the last update broke the weights
-    rate = session.config.optim.lr * session.learning_rate(epoch * len(session.train_batches) + step)
+        step = session.steps(epoch) - 1    # the loss was finite throughout: the last update broke the weights
+    rate = session.config.optim.lr * session.learning_rate(session.first_step(epoch) + step)
     kept = f"the weights of epoch {epoch} are in {folder.path / 'weights.pt'}" if epoch else "no epoch was completed"
     raise runtime.NonFiniteLoss(
-        f"the loss is not finite in epoch {epoch + 1}, step {step + 1} of {len(session.train_batches)}, at learning rate "
+        f"the loss is not finite in epoch {epoch + 1}, step {step + 1} of {session.steps(epoch)}, at learning rate "
         f"{rate:.3g}: {kept}. Try a smaller optim.lr, a longer optim.warmup_epochs, or optim.clip_norm")
 
 
@@ -586,7 +628,7 @@ def facts(session: Session) -> dict[str, str | int]:
 
 def record(session: Session, epoch: int, totals: Totals, result: Evaluation | None, seconds: dict[str, float]) -> dict:
     """One line of log.jsonl. Losses are means a sample, accuracies fractions, the learning rate the epoch's last."""
-    step = (epoch + 1) * len(session.train_batches)
+    step = session.first_step(epoch + 1)
     train_seconds = seconds.get("train", 0.0) + seconds.get("data_wait", 0.0)
     return {"epoch": epoch + 1, "steps": step,
             "learning_rate": session.config.optim.lr * session.learning_rate(step - 1),

@@ -1,6 +1,7 @@
-"""Label-smoothed loss, and counts kept on the device until somebody reads them."""
+"""Label-smoothed loss, counts kept on the device until somebody reads them, and which images are hard."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,3 +98,55 @@ class Tally:
         """float64 (processes, 4) on the CPU, where every count below 2**53 is exact: correct, loss sum, seen, first bad step."""
         return self._gather(torch.tensor([int(self._correct), float(self._loss_sum), self._seen, int(self._first_bad)],
                                          dtype=torch.float64))
+
+
+class Difficulty:
+    """The last loss of every training image, as training itself came by it, and with it the hardest of them.
+
+    Training on the images of largest loss alone saves the rest of an epoch: Jiang et al., "Accelerating Deep Learning by Focusing on
+    the Biggest Losers", arXiv 1910.00762, with losses that are stale (there, section 3.3): those of the last time that an
+    image was trained on, which cost nothing. An image that was left out keeps its loss, and comes back when those of the
+    others have fallen below it. Losses are cross-entropies without label smoothing, of the augmented image.
+
+    samples: how many numbers images may have. gather: float32 (samples,) -> (processes, samples), where several processes train
+    together: then `begin_epoch` and `state` have to be asked for by all.
+    """
+
+    def __init__(self, samples: int, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor] = lambda row: row[None]):
+        self._gather = gather
+        self._before = torch.full((samples,), math.inf)    # at the epoch's beginning; infinite where never trained on
+        self._noted = torch.full((samples,), math.nan, device=device)    # since then, by this process; NaN where not
+
+    @torch.no_grad()
+    def note(self, logits: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
+        """Take in one batch; never waits for the device. logits: (B, K). labels, indices: int64 (B,)."""
+        if len(labels):
+            self._noted[indices] = F.cross_entropy(logits.float(), labels, reduction="none")
+
+    def begin_epoch(self) -> None:
+        """From here on `hardest` goes by all that was noted so far, and by nothing later."""
+        self._before = self._merged()
+        self._noted.fill_(math.nan)
+
+    def hardest(self, count: int, among: torch.Tensor) -> torch.Tensor:
+        """bool (samples,): the `count` images of largest loss among the numbers `among`, int64; of equals the first."""
+        order = torch.sort(self._before[among], descending=True, stable=True).indices
+        chosen = torch.zeros(len(self._before), dtype=torch.bool)
+        chosen[among[order[:count]]] = True
+        return chosen
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `go_on_from` needs: float32 (samples,) twice, the losses of the epoch's beginning and those of now."""
+        return {"before": self._before, "now": self._merged()}
+
+    def go_on_from(self, state: dict[str, torch.Tensor]) -> None:
+        """Be as when `state` was asked for; of several processes, in each."""
+        self._before = state["before"]
+        fresh = state["now"] != state["before"]
+        self._noted.copy_(torch.where(fresh, state["now"], math.nan))
+
+    def _merged(self) -> torch.Tensor:
+        losses = self._before
+        for noted in self._gather(self._noted.cpu()):    # no two processes are shown the same image in an epoch
+            losses = torch.where(noted.isnan(), losses, noted)
+        return losses

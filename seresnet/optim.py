@@ -1,4 +1,5 @@
-"""Parameter groups by kind, optimizers, gradient clipping, and the learning rate as a pure function of the step."""
+"""Parameter groups by kind, optimizers, gradient clipping, and what changes in the course of a run
+as a pure function of step or epoch."""
 from __future__ import annotations
 
 import math
@@ -203,3 +204,8 @@ def learning_rate_factor(step: int, *, schedule: str, total_steps: int, warmup_s
     if schedule == "cosine":
         return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
     raise ValueError(f"schedule: {schedule!r} is not one of {', '.join(SCHEDULES)}")
+
+
+def stepwise(values: Sequence[float], epoch: int, epochs: int, otherwise: float) -> float:
+    """The value of `epoch` (from 0) of `epochs`, of which each of `values` gets an equal share; `otherwise` without values."""
+    return values[epoch * len(values) // epochs] if values else otherwise

@@ -131,7 +131,7 @@ def check_shares(group, of, path):
                 for first in (0, 2):
                     everything = []
                     for number, (batch, whole) in enumerate(zip(mine.epoch(3, first), one.epoch(3, first), strict=True), first):
-                        assert len(batch.indices) == of.share_of(mine.whole(number)) and mine.whole(number) == len(whole.indices)
+                        assert len(batch.indices) == of.share_of(mine.whole(number, len(odd))) and mine.whole(number, len(odd)) == len(whole.indices)
                         assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), pixels[batch.indices.numpy()])
                         padded = torch.full((size,), -1)
                         padded[:len(batch.indices)] = batch.indices

@@ -65,12 +65,6 @@ def test_a_crop_lies_anywhere_in_its_image_and_nowhere_else():
     assert torch.equal(crops[:, 0, 7, 7].long(), corners + 7 * 12 + 7)
 
 
-def test_every_side_gets_its_share_of_the_epochs():
-    assert [augment.crop_side([20, 28, 32], epoch, 9) for epoch in range(9)] == [20] * 3 + [28] * 3 + [32] * 3
-    assert [augment.crop_side([24, 32], epoch, 5) for epoch in range(5)] == [24, 24, 24, 32, 32]
-    assert augment.crop_side([], 3, 9) == 0
-
-
 def test_jitter_is_the_formula_for_each_image():
     images = batch()
     amounts = augment.random_jitter(len(images), 0.2, 0.1, torch.Generator().manual_seed(3))

@@ -71,6 +71,7 @@ PLAN = {
     "sgd": {"optim.clip_norm": 1.0, "model.dropout": 0.2, "augment.flip": "random", "augment.cutout": 3},
     "muon": {"optim.name": "muon", "augment.flip": "alternating", "optim.clip_value": 0.5, "loader.drop_last": True,
              "optim.ema_decay": 0.9},
+    "hardest": {"loop.hardest": [1, 0.6], "augment.flip": "random"},
     "unsynced": {"loop.sync_norm": False, "optim.name": "adamw", "optim.lr": 3e-3, "loader.shares": "fixed"},
 }
 
@@ -91,12 +92,12 @@ def trained(place, settings):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name, tolerance", [("sgd", 1e-4), ("muon", 1e-2)])    # muon's products are bf16: roundings grow
+@pytest.mark.parametrize("name, tolerance", [("sgd", 1e-4), ("hardest", 1e-4), ("muon", 1e-2)])    # muon's products are bf16: roundings grow
 def test_several_processes_train_what_one_trains(trained, name, tolerance, count):
     [one], several = trained[name][1], trained[name][count]
     steps = len(one["losses"])
-    assert steps >= 20 and all(len(rank["losses"]) == steps for rank in several)
-    assert min(n for rank in several for n in rank["counts"]) == (0 if name == "sgd" else 12 // count)
+    assert steps >= (17 if name == "hardest" else 20) and all(len(rank["losses"]) == steps for rank in several)
+    assert name == "hardest" or min(n for rank in several for n in rank["counts"]) == (0 if name == "sgd" else 12 // count)
     for step in range(steps):
         total = sum(rank["counts"][step] for rank in several)
         assert total == one["counts"][step]

@@ -121,6 +121,23 @@ def test_a_subset_in_its_own_order(noise, mode):
     assert indices.tolist() == wanted.tolist() and np.array_equal(images, split.images[wanted]) and sizes == [2, 2, 1]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_part_of_an_epoch_keeps_the_order_of_all(noise, mode, drop_last):
+    beton, split = noise
+    only = np.arange(101) % 3 > 0
+    with BatchLoader(beton, batch_size=7, device=CPU, mode=mode, seed=3, drop_last=drop_last, indices=np.arange(10, 95)) as batches:
+        (images, _, indices), sizes = collect(batches.epoch(2, only=only))
+        expected = [i + 10 for i in epoch_order(85, 3, 2).tolist() if only[i + 10]]
+        count = len(expected) // 7 * 7 if drop_last else len(expected)
+        assert indices.tolist() == expected[:count] and np.array_equal(images, split.images[indices])
+        assert len(sizes) == batches.batches(len(expected)) < len(batches)
+        assert [batches.whole(number, len(expected)) for number in range(len(sizes))] == sizes
+        (_, _, rest), _ = collect(batches.epoch(2, 3, only))
+        assert rest.tolist() == indices[21:].tolist()
+        assert list(batches.epoch(2, len(sizes), only)) == []
+
+
 def test_auto_keeps_what_fits(noise, monkeypatch):
     beton, _ = noise
     size = 101 * 8 * 8 * 3

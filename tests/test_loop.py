@@ -359,7 +359,8 @@ def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
 # -- stop and go on -----------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0), "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
-              "muon": dict(optim__name="muon", loader__mode="stream")}
+              "muon": dict(optim__name="muon", loader__mode="stream"),
+              "hardest": dict(loop__hardest=[1, 0.97, 0.5], optim__warmup_epochs=0.5, optim__schedule="onecycle")}
 
 
 class Crash(Exception):
@@ -533,3 +534,38 @@ def test_best_is_the_epoch_with_the_best_evaluation(betons, tmp_path):
     assert best["epochs_done"] == outcome["best_epoch"] == 1 + accuracies.index(max(accuracies))
     assert outcome["best_accuracy"] == max(accuracies)
     assert checkpoint.load(folder / "weights.pt")["epochs_done"] == 5
+
+
+def test_an_epoch_trains_on_the_hardest_images(betons, tmp_path, monkeypatch):
+    """The last loss of each image is written down beside the run's own book-keeping; the next epoch's images follow from it."""
+    seen, losses, rates, note = [], {}, [], loop.Difficulty.note
+    rate = loop.set_learning_rate
+    monkeypatch.setattr(loop, "set_learning_rate", lambda optimizer, factor: (rates.append(factor), rate(optimizer, factor)))
+
+    def spied(difficulty, logits, labels, indices):
+        seen.append(indices.tolist())
+        values = torch.nn.functional.cross_entropy(logits.detach().float(), labels, reduction="none")
+        losses.setdefault(len(seen), {}).update(zip(indices.tolist(), values.tolist()))
+        note(difficulty, logits, labels, indices)
+    monkeypatch.setattr(loop.Difficulty, "note", spied)
+    outcome = train(betons, tmp_path, loop__hardest=[1, 0.5, 0.25], optim__schedule="onecycle", evaluate__split="holdout",
+                    evaluate__holdout_size=30, loader__drop_last=False)
+    assert [len(batch) for batch in seen] == [16] * 7 + [8] + [16] * 3 + [12] + [16, 14]    # of 120 images: all, 60, 30
+    epochs = [[i for batch in seen[first:last] for i in batch] for first, last in ((0, 8), (8, 12), (12, 14))]
+    assert len(set(epochs[0])) == 120
+    last = {}
+    for epoch, (before, share) in enumerate(((8, 60), (12, 30)), 1):
+        for step in range(1, before + 1):
+            last.update(losses[step])
+        assert set(epochs[epoch]) == set(sorted(last, key=last.get, reverse=True)[:share])
+    assert rates == pytest.approx([1 - step / 14 for step in range(14)]), "the schedule counts the steps that there are"
+    lines = [json.loads(line) for line in (folder_of(tmp_path) / "log.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [8, 12, 14] and outcome["accuracy"] > 0.5
+
+
+def test_a_share_without_a_batch_is_refused_and_fixed_shares_with_it(betons, tmp_path):
+    with pytest.raises(UserError, match="loop.hardest: got 0.1, which leaves 15 images and no batch of loader.batch_size = 16"):
+        train(betons, tmp_path / "runs", loop__hardest=[1, 0.1])
+    with pytest.raises(UserError, match="loop.hardest, loader.shares: got a part of the images and fixed"):
+        train(betons, tmp_path / "runs", loop__hardest=[1, 0.5], loader__shares="fixed")
+    assert not (tmp_path / "runs").exists()

@@ -222,3 +222,9 @@ def test_the_average_is_that_of_a_plain_loop_buffers_included(name):
         if value.is_floating_point():
             assert torch.allclose(value.double(), wanted[key], atol=1e-6), key
     assert not torch.equal(average.module.head.weight, model.head.weight)
+
+
+def test_every_value_gets_its_share_of_the_epochs():
+    assert [optim.stepwise([20, 28, 32], epoch, 9, 0) for epoch in range(9)] == [20] * 3 + [28] * 3 + [32] * 3
+    assert [optim.stepwise([24, 32], epoch, 5, 0) for epoch in range(5)] == [24, 24, 24, 32, 32]
+    assert optim.stepwise([], 3, 9, 0.5) == 0.5
