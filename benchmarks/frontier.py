@@ -1,8 +1,8 @@
 """Accuracy against time, ours beside others': python -m benchmarks.frontier SERIES.json ... [--peers FILE] [--picture FILE]
 
 SERIES.json is what benchmarks.time_to_accuracy leaves. Others' published figures are in benchmarks/anchors.yaml. Their times on
-another machine say nothing about this one, so each stands where its arithmetic puts it at the rate (FLOP/s) of the first
-series, drawn hollow; --peers names a JSON file of those that were run on the same machine, {name: {accuracy, seconds}}, drawn full.
+another machine say nothing about this one, so each stands where the arithmetic of its training puts it, without evaluation, at
+the rate (FLOP/s) of the first series, drawn hollow; --peers names a JSON file of those that were run on the same machine, {name: {accuracy, seconds}}, drawn full.
 """
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def our_points(files: Sequence[str]) -> list[dict]:
             series = json.loads(Path(file).read_text())
             accuracies = [run["accuracy_tta"] for run in series["runs"]]
             seconds = statistics.median(run["train_seconds"] + run["eval_seconds"] for run in series["runs"])
+            flop, split = flop_of_training(series), series["split"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise runtime.UserError(f"{file}: is no series of benchmarks.time_to_accuracy ({error!r})") from error
-        flop = flop_of_training(series)
+        if split != "test":
+            raise runtime.UserError(f"{file}: was evaluated on {split}, others on the test set: run the series with evaluate.split: test")
         points.append({"name": series["recipe"], "ours": True, "measured": True, "accuracy": statistics.fmean(accuracies),
                        "accuracies": accuracies, "seconds": seconds, "pflop": flop / 1e15, "note": f"n = {len(accuracies)}",
                        "rate": flop / statistics.median(run["train_seconds"] for run in series["runs"])})
@@ -90,8 +92,9 @@ def main() -> None:
     own = parser.parse_args(sys.argv[1:])
     try:
         peers = json.loads(Path(own.peers).read_text()) if own.peers else {}
-    except (OSError, ValueError) as error:
-        raise runtime.UserError(f"--peers: {own.peers}: {error}") from error
+        peers = {name: {key: float(peer[key]) for key in ("accuracy", "seconds")} for name, peer in peers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise runtime.UserError(f"--peers: {own.peers}: {error!r}: expected {{name: {{accuracy, seconds}}}}") from error
     if own.picture:
         report.check_writable(own.picture)
     ours = our_points(own.series)

@@ -91,7 +91,7 @@ def cell(settings: config.Config, axis: str, value: int, seconds: float, unit: i
     batch = value if axis == "batch" else min(settings.loader.batch_size, 250) if axis == "side" else settings.loader.batch_size
     images = unit * value if axis == "images" else 2 * batch
     classes = settings.model.classes or 10
-    settings = changed(settings, model={"image_size": side, "classes": classes}, augment={"sides": ()},
+    settings = changed(settings, model={"image_size": side, "classes": classes}, augment={"sides": ()}, loop={"hardest": ()},
                        beton=noise_betons(folder, max(images, classes), side, classes), evaluate={"split": "test"},
                        loader={"batch_size": batch, "mode": "stream" if axis == "images" else "resident", "drop_last": True},
                        run={"threads": value if axis == "cores" else settings.run.threads})

@@ -92,7 +92,8 @@ def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
     wanted = settings.as_dict()
     wanted["run"].update(seed=seed, folder=str(folder))
     try:
-        found = config.read_file(str(folder / "config.yaml"))
+        defaults = {f"{section}.{key}": value for section, values in config.build({}).as_dict().items() for key, value in values.items()}
+        found = {**defaults, **config.read_file(str(folder / "config.yaml"))}    # a run may be older than a key
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
     differing = [f"{section}.{key}: {found.get(f'{section}.{key}')} there, {value} here" for section, values in wanted.items()

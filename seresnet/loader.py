@@ -124,14 +124,16 @@ class BatchLoader:
         """The batches of `epoch`, counted from 0, from its `first_batch` on; any of them at any time. Leaving the iterator
         early, by break or close(), ends its reader thread and frees its memory.
 
-        only: bool, one for each sample of the beton: those to deliver, in the order in which they stand among all; all where None
-        (and with `fixed` shares, always).
+        only: bool, one for each sample of the beton: those to deliver, in the order in which they stand among all; all where None.
+        ValueError with `fixed` shares, of which one could hold more of them than another.
         All processes get as many batches; one that has no sample of the last gets it empty.
 
         Raises LoaderError where the beton cannot be read any more, within a second of the failure.
         """
         order = epoch_order(self.samples, self._seed, epoch) if self._shuffle else np.arange(self.samples)
         if only is not None:
+            if self._fixed:
+                raise ValueError("only: shares are fixed, expected drawn")
             order = order[only[self.indices[order]]]
         count = self.batches(len(order))
         if first_batch >= count:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
-from seresnet.loader import Batch, BatchLoader, holdout_split
+from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
 from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
 from seresnet.optim import (AveragedModel, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
@@ -190,14 +191,21 @@ class Session:
 
     def first_step(self, epoch: float) -> int:
         """The run's step (from 0) with which `epoch` begins, or which it has reached at a fraction."""
+        if not self.config.loop.hardest:
+            return round(epoch * len(self.train_batches))
         whole = int(epoch)
-        return round(sum(map(self.steps, range(whole))) + (epoch - whole) * self.steps(min(whole, self.config.loop.epochs - 1)))
+        return round(self._first_steps[whole] + (epoch - whole) * self.steps(min(whole, self.config.loop.epochs - 1)))
+
+    @cached_property
+    def _first_steps(self) -> list[int]:
+        return list(accumulate(map(self.steps, range(self.config.loop.epochs)), initial=0))
 
     def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches that `epoch` trains on, from its `first_batch` on: of all images, or of the hardest."""
         only, count = None, self.samples(epoch)
         if count < self.train_batches.samples:
-            only = self.difficulty.hardest(count, torch.from_numpy(self.train_batches.indices)).numpy()
+            order = epoch_order(self.train_batches.samples, self.config.run.seed, epoch)    # by which it goes among equals
+            only = self.difficulty.hardest(count, torch.from_numpy(self.train_batches.indices[order])).numpy()
         return self.train_batches.epoch(epoch, first_batch, only)
 
     def learning_rate(self, step: int) -> float:
@@ -235,7 +243,7 @@ class Session:
             return count * of.world / whole(step) if of.world > 1 else 1.0
 
         def whole(step: int) -> int:
-            return self.train_batches.whole(step - first_step, self.samples(epoch))
+            return self.train_batches.whole((step - first_step) % self.steps(epoch), self.samples(epoch))    # benchmarks go round and round
 
         if self.difficulty:
             if batches_done == 0:
@@ -343,7 +351,7 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                     if session.difficulty and ranks.main:
                         session.difficulty.go_on_from(state["difficulty"])
                     elif session.difficulty:
-                        session.difficulty.go_on_from({"now": state["difficulty"]["before"], **state["difficulty"]})
+                        session.difficulty.go_on_from({**state["difficulty"], "now": state["difficulty"]["before"]})
                 if state is not None and ranks.main:
                     folder.rewind(state["records"])
                     folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
@@ -627,12 +635,13 @@ def facts(session: Session) -> dict[str, str | int]:
 
 
 def record(session: Session, epoch: int, totals: Totals, result: Evaluation | None, seconds: dict[str, float]) -> dict:
-    """One line of log.jsonl. Losses are means a sample, accuracies fractions, the learning rate the epoch's last."""
+    """One line of log.jsonl. Losses are means a sample, accuracies fractions, the learning rate the epoch's last; those of training
+    are of `train_images` images, the hardest where they are not all."""
     step = session.first_step(epoch + 1)
     train_seconds = seconds.get("train", 0.0) + seconds.get("data_wait", 0.0)
     return {"epoch": epoch + 1, "steps": step,
             "learning_rate": session.config.optim.lr * session.learning_rate(step - 1),
-            "train_loss": totals.loss, "train_accuracy": totals.accuracy,
+            "train_images": totals.seen, "train_loss": totals.loss, "train_accuracy": totals.accuracy,
             "test_loss": result.plain.loss if result else None,
             "test_accuracy": result.plain.accuracy if result else None,
             "images_per_second": totals.seen / train_seconds, "train_seconds": train_seconds,

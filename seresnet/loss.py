@@ -103,12 +103,13 @@ class Tally:
 class Difficulty:
     """The last loss of every training image, as training itself came by it, and with it the hardest of them.
 
-    Training on the images of largest loss alone saves the rest of an epoch: Jiang et al., "Accelerating Deep Learning by Focusing on
-    the Biggest Losers", arXiv 1910.00762, with losses that are stale (there, section 3.3): those of the last time that an
-    image was trained on, which cost nothing. An image that was left out keeps its loss, and comes back when those of the
-    others have fallen below it. Losses are cross-entropies without label smoothing, of the augmented image.
+    Hard-example selection: training on the images of largest loss alone saves the rest of an epoch. Jiang et al., "Accelerating
+    Deep Learning by Focusing on the Biggest Losers", arXiv 1910.00762, draw images by the percentile of their loss; here they are
+    the largest, by losses that are stale (there, section 3.3): those of the last time that an image was trained on, which cost
+    nothing. An image that was left out keeps its loss, and comes back when those of the others have fallen below it. Losses are
+    cross-entropies without label smoothing, of the augmented image.
 
-    samples: how many numbers images may have. gather: float32 (samples,) -> (processes, samples), where several processes train
+    samples: of the whole set; images are known by their number in it. gather: float32 (samples,) -> (processes, samples), where several processes train
     together: then `begin_epoch` and `state` have to be asked for by all.
     """
 

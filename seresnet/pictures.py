@@ -29,7 +29,8 @@ def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
     figure = _figure(11, 3.8)
     split, epochs = outcome["split"], [r["epoch"] for r in records]
     marker = "o" if len(epochs) <= 40 else None
-    train = dict(color="#4477aa", label="train (augmented)", marker=marker, markersize=3.5)
+    part = len({r.get("train_images") for r in records}) > 1    # loop.hardest: the curve is of other images from epoch to epoch
+    train = dict(color="#4477aa", label="train (augmented, hardest alone)" if part else "train (augmented)", marker=marker, markersize=3.5)
     test = dict(color="#cc3311", label=split, marker=marker, markersize=3.5)
 
     def line(axes, key, scale=1.0, **style):
@@ -126,7 +127,7 @@ def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.margins(y=0.12)
-    axes.set_xlabel("training and evaluation (minutes, logarithmic)")
+    axes.set_xlabel("training and evaluation; hollow: training alone (minutes, logarithmic)")
     axes.set_ylabel("test accuracy, with each one's TTA")
     axes.grid(alpha=0.3)
     _bare(axes)

@@ -155,9 +155,6 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
         ranks._answer()
         gc.collect()    # DistributedDataParallel lies in a circle, and aborts the program where it outlives the group
         dist.destroy_process_group()
-    except runtime.Interrupted:    # all leave together
-        dist.destroy_process_group()
-        raise
     except BaseException as error:
         # The group is left to the system: taking it apart may wait for processes that will not answer, and the message with it.
         runtime.give_voice(not isinstance(error, FailedElsewhere) and _first_to_speak(store))

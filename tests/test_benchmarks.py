@@ -148,7 +148,7 @@ def a_series(folder, **keys):
     runs = [{"accuracy_tta": accuracy, "train_seconds": seconds, "eval_seconds": 1.0, "images_per_second": 2000 / seconds}
             for accuracy, seconds in ((0.5, 20.0), (0.7, 30.0))]
     path = folder / "small.json"
-    path.write_text(json.dumps({"recipe": "small", "config": settings.as_dict(), "runs": runs}))
+    path.write_text(json.dumps({"recipe": "small", "split": settings.evaluate.split, "config": settings.as_dict(), "runs": runs}))
     return path
 
 
@@ -190,3 +190,31 @@ def test_what_is_no_series_is_refused_by_name(tmp_path, monkeypatch, content):
     monkeypatch.setattr(sys, "argv", ["frontier", str(tmp_path / "x.json")])
     with pytest.raises(runtime.UserError, match="x.json: is no series"):
         frontier.main()
+
+
+def test_the_arithmetic_of_a_share_of_the_images_is_weighed(tmp_path):
+    """Crops of 16 for all images, then whole ones for a third of them: three parts of a quarter's cost, one of the whole."""
+    whole, = frontier.our_points([a_series(tmp_path)])
+    part, = frontier.our_points([a_series(tmp_path, **{"augment.sides": [16, 32], "loop.hardest": [1, 1 / 3]})])
+    assert part["pflop"] == pytest.approx(whole["pflop"] * (3 * 0.25 + 1) / 4, rel=1e-3)
+
+
+def test_a_series_on_the_holdout_and_peers_of_another_shape_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(runtime.UserError, match="was evaluated on holdout, others on the test set"):
+        frontier.our_points([a_series(tmp_path, **{"evaluate.split": "holdout"})])
+    for content in ("[]", '{"airbench95": {}}', '{"airbench95": 3}', "{"):
+        (tmp_path / "peers.json").write_text(content)
+        monkeypatch.setattr(sys, "argv", ["frontier", str(a_series(tmp_path)), "--peers", str(tmp_path / "peers.json")])
+        with pytest.raises(runtime.UserError, match="expected {name: {accuracy, seconds}}"):
+            frontier.main()
+
+
+def test_a_series_from_before_a_key_came_goes_on(series, monkeypatch, capsys):
+    arguments, out = series
+    stored = out / "colours/seed-100/config.yaml"
+    settings = yaml.safe_load(stored.read_text())
+    del settings["loop"]["hardest"]
+    stored.write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(sys, "argv", arguments[:-4] + ["--seeds", "1"])
+    time_to_accuracy.main()
+    assert "seed 100" in capsys.readouterr().out

@@ -563,6 +563,16 @@ def test_an_epoch_trains_on_the_hardest_images(betons, tmp_path, monkeypatch):
     assert [line["steps"] for line in lines] == [8, 12, 14] and outcome["accuracy"] > 0.5
 
 
+def test_an_early_share_is_drawn_at_random_where_no_loss_is_known(betons, tmp_path, monkeypatch):
+    seen, note = [], loop.Difficulty.note
+    monkeypatch.setattr(loop.Difficulty, "note", lambda self, logits, labels, indices: (seen.extend(indices.tolist()),
+                                                                                       note(self, logits, labels, indices)))
+    train(betons, tmp_path, loop__hardest=[0.5, 1], loop__epochs=2, loader__drop_last=False)
+    assert len(seen) == 75 + 150 and set(seen[:75]) == set(loop.epoch_order(150, 0, 0)[:75].tolist()) != set(range(75))
+    steps = [json.loads(line) for line in (folder_of(tmp_path) / "log.jsonl").read_text().splitlines()]
+    assert [line["train_images"] for line in steps] == [75, 150]
+
+
 def test_a_share_without_a_batch_is_refused_and_fixed_shares_with_it(betons, tmp_path):
     with pytest.raises(UserError, match="loop.hardest: got 0.1, which leaves 15 images and no batch of loader.batch_size = 16"):
         train(betons, tmp_path / "runs", loop__hardest=[1, 0.1])
