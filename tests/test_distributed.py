@@ -205,7 +205,7 @@ def net_of(path):
     return processes.digest(checkpoint.load(path / "weights.pt")["model"].values())
 
 
-LONG = dict(loop__epochs=20, evaluate__every=0, augment__cutout=3, model__dropout=0.2, augment__flip="random")
+LONG = dict(loop__epochs=20, loop__hardest=[1, 0.7], evaluate__every=0, augment__cutout=3, model__dropout=0.2, augment__flip="random")
 
 
 @pytest.fixture(scope="module")
