@@ -96,4 +96,6 @@ def test_every_command_of_the_readme_is_understood(place, monkeypatch):
             monkeypatch.chdir(place)
             config.parse(words[1:])    # every key known, every value allowed
         else:
-            assert "--config-file" in shell(place, f"python {' '.join(words[:2])} --help") or "doctor" in line
+            usage = shell(place, f"python {' '.join(words[:2])} --help")
+            unknown = [word for word in words[2:] if word.startswith("--") and not re.search(rf"{word}\b", usage)]
+            assert usage.startswith("usage: ") and not unknown, line
