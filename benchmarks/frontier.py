@@ -2,7 +2,8 @@
 
 SERIES.json is what benchmarks.time_to_accuracy leaves. Others' published figures are in benchmarks/anchors.yaml. Their times on
 another machine say nothing about this one, so each stands where the arithmetic of its training puts it, without evaluation, at
-the rate (FLOP/s) of the first series, drawn hollow; --peers names a JSON file of those that were run on the same machine, {name: {accuracy, seconds}}, drawn full.
+the rate (FLOP/s) of the first series, drawn hollow; --peers names a JSON file of those that were run on the same machine,
+{name: {accuracy, seconds}}, drawn full.
 """
 from __future__ import annotations
 

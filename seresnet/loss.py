@@ -109,8 +109,8 @@ class Difficulty:
     nothing. An image that was left out keeps its loss, and comes back when those of the others have fallen below it. Losses are
     cross-entropies without label smoothing, of the augmented image.
 
-    samples: of the whole set; images are known by their number in it. gather: float32 (samples,) -> (processes, samples), where several processes train
-    together: then `begin_epoch` and `state` have to be asked for by all.
+    samples: of the whole set; images are known by their number in it. gather: float32 (samples,) -> (processes, samples), where
+    several processes train together: then `begin_epoch` and `state` have to be asked for by all.
     """
 
     def __init__(self, samples: int, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor] = lambda row: row[None]):

@@ -98,19 +98,19 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
 def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
     """Accuracy over minutes, on a logarithmic axis: our series with their seeds, others' trainings beside them.
 
-    points: `name`, `accuracies` (fractions), `seconds` (None: left out), `ours`, `measured` (else drawn hollow) each.
+    points: `name`, `accuracy` (fraction, the mean), `accuracies` (of the seeds), `seconds` (None: left out), `ours`, `measured` (else drawn hollow) each.
     """
     from matplotlib.ticker import FuncFormatter, PercentFormatter
     figure = _figure(8.5, 4.8)
     axes = figure.subplots()
     shown = [point for point in points if point["seconds"] is not None]
     for point in shown:
-        minutes, mean = point["seconds"] / 60, float(np.mean(point["accuracies"]))
+        minutes, mean = point["seconds"] / 60, point["accuracy"]
         colour, marker = (COLOURS[0], "o") if point["ours"] else ("#777777", "D")
         axes.plot([minutes], [mean], marker, color=colour, markersize=8, markerfacecolor=colour if point["measured"] else "none", zorder=3)
         if len(point["accuracies"]) > 1:
             axes.plot([minutes] * len(point["accuracies"]), point["accuracies"], "_", color=colour, markersize=9)
-        crowded = any(1 < other["seconds"] / point["seconds"] < 3 and abs(np.mean(other["accuracies"]) - mean) < 0.001 for other in shown)
+        crowded = any(1 < other["seconds"] / point["seconds"] < 3 and abs(other["accuracy"] - mean) < 0.001 for other in shown)
         axes.annotate(point["name"], (minutes, mean), (-7 if crowded else 7, -3), textcoords="offset points", fontsize=8.5, color=colour,
                       ha="right" if crowded else "left", weight="bold" if point["ours"] else "normal")
     for ours, measured, text in ((True, True, "ours, mean (dashes: seeds)"), (False, True, "others, run on the same machine"),
