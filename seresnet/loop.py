@@ -219,14 +219,16 @@ class Session:
     def parts(self, epoch: int, batches_done: int = 0) -> dict:
         """The arguments of train_epoch for `epoch` (from 0), of which `batches_done` were trained on before.
 
-        Begins the epoch: seeds the generators from (run seed, epoch), so that an epoch's random numbers do not depend on what ran before it;
-        inside an epoch they are as the checkpoint left them. `batches` has to be asked for after it.
+        Begins the epoch: seeds the generators from (run seed, epoch), so that an epoch's random numbers do not depend on what ran
+        before it; inside an epoch they are as the checkpoint left them. `batches` has to be asked for after it.
         """
         config, data = self.config, self.data.train
         if batches_done == 0:
             self.generator.manual_seed(runtime.stream_seed(config.run.seed, AUGMENTATION, epoch))
             torch.manual_seed(runtime.stream_seed(config.run.seed, DROPOUT, epoch))
-        settings, of, noting = asdict(config.augment), self.ranks.launch, {}
+            if self.difficulty:
+                self.difficulty.begin_epoch()
+        settings, of = asdict(config.augment), self.ranks.launch
         settings["side"] = stepwise(settings.pop("sides"), epoch, config.loop.epochs, 0)
         first_step = self.first_step(epoch)
         if of.world > 1:
@@ -245,17 +247,16 @@ class Session:
         def whole(step: int) -> int:
             return self.train_batches.whole((step - first_step) % self.steps(epoch), self.samples(epoch))    # benchmarks go round and round
 
-        if self.difficulty:
-            if batches_done == 0:
-                self.difficulty.begin_epoch()
-            noting["note"] = lambda logits, batch: self.difficulty.note(logits, batch.labels, batch.indices)
+        def note(logits: torch.Tensor, batch: Batch) -> None:
+            if self.difficulty:
+                self.difficulty.note(logits, batch.labels, batch.indices)
 
         return dict(
             augment=augment, weight=weight, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
-            learning_rate=self.learning_rate, first_step=first_step + batches_done, **noting)
+            learning_rate=self.learning_rate, first_step=first_step + batches_done, note=note)
 
     def tally(self) -> Tally:
         """A new one, of all processes together."""
