@@ -1,0 +1,109 @@
+"""Convolutions: torch's, with a faster gradient of the weights where images are small and the CPU has matrix units."""
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROW = 32               # pixels that a matrix unit (AMX, bfloat16) sums over at once
+LARGEST_PERIOD = 14    # two of 14 nearly fill a row; laying wider images side by side costs more than it saves
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps the side (divided by stride), without a bias: batch normalisation follows.
+
+    (B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
+        super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return convolve(x, self.weight, self.stride[0], self.padding[0])
+
+
+class ConvBeforePool(Conv2d):
+    """A 3x3 convolution of which 2x2 pooling takes the output: (B, C_in, H, W) -> (B, C_out, H, W) without what pooling drops.
+
+    Of an odd side pooling drops the last row and column. They are not computed here: the same values where pooling looks, for
+    13% less arithmetic at 15 x 15 pixels and 27% less at 7 x 7 (5% and 3% less time, records/: towards se94).
+    """
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
+        if not (odd_height or odd_width) or min(x.shape[2:]) < 2:
+            return super().forward(x)
+        return convolve(F.pad(x, (1, 1 - odd_width, 1, 1 - odd_height)), self.weight, stride=1, padding=0)
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+    """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), and by _SideBySide where that trains faster."""
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    if trains and x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_matrix_units():
+        if weight.shape[2:] == (3, 3) and stride == 1 and padding in (0, 1) and x.shape[3] + padding <= LARGEST_PERIOD:
+            return _SideBySide.apply(x, weight.to(x.dtype), padding)
+    return F.conv2d(x, weight, None, stride, padding)
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Whether the CPU has AMX tiles, with which torch convolves in bfloat16."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+class _SideBySide(torch.autograd.Function):
+    """3x3 convolution whose gradient by the weights takes several images as one wide one.
+
+    That gradient sums over pixels, and oneDNN's kernel for matrix units sums over a row of one image at a time: a row of six
+    pixels leaves four fifths of a unit's 32 idle. With images laid side by side, zeros between them, rows are long enough; the sum
+    is the same. 1.4 to 7 times faster for 256 channels and 12 to 3 pixels a side (records/: matrix units).
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        return F.conv2d(x, weight, padding=padding)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = _backward(gradient, x, weight, ctx.padding, ctx.padding, (True, False, False))[0]
+        if ctx.needs_input_grad[1]:
+            period = _period(x.shape[3], ctx.padding)
+            row = ROW // period
+            of_weight = _backward(side_by_side(gradient, row, period, 1 - ctx.padding), side_by_side(x, row, period, 0), weight,
+                                  ctx.padding, 1, (False, True, False))[1]
+        return of_x, of_weight, None
+
+
+def _backward(gradient, x, weight, down: int, right: int, wanted: tuple[bool, bool, bool]):
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, [1, 1], [down, right], [1, 1], False, [0, 0], 1, wanted)
+
+
+def _period(width: int, padding: int) -> int:
+    """From one image's first pixel to the next one's, so that a 3x3 convolution of one does not see the other: they share padding."""
+    return width + padding
+
+
+def side_by_side(images: torch.Tensor, row: int, period: int, first: int) -> torch.Tensor:
+    """(B, C, H, W) -> (ceil(B / row), C, H, row * period), channels-last: `row` images in one, each begun `first` pixels into its
+    `period`, zeros everywhere else."""
+    count, channels, height, width = images.shape
+    whole, rest = divmod(count, row)
+    rows = images.new_empty(whole + (rest > 0), height, row, period, channels)
+    rows[..., :first, :].zero_()
+    rows[..., first + width:, :].zero_()
+    places, images = rows[..., first:first + width, :], images.permute(0, 2, 3, 1)
+    places[:whole].copy_(images[:count - rest].unflatten(0, (whole, row)).transpose(1, 2))
+    if rest:
+        places[whole, :, :rest].copy_(images[count - rest:].transpose(0, 1))
+        places[whole, :, rest:].zero_()
+    return rows.view(len(rows), height, row * period, channels).permute(0, 3, 1, 2)
