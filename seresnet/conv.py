@@ -77,20 +77,21 @@ class _SideBySide(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = _backward(gradient, x, weight, ctx.padding, ctx.padding, (True, False, False))[0]
         if ctx.needs_input_grad[1]:
-            period = _period(x.shape[3], ctx.padding)
-            row = ROW // period
-            of_weight = _backward(side_by_side(gradient, row, period, 1 - ctx.padding), side_by_side(x, row, period, 0), weight,
-                                  ctx.padding, 1, (False, True, False))[1]
+            of_weight = weight_gradient(gradient, x, weight, ctx.padding)
         return of_x, of_weight, None
+
+
+def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+    """The gradient of a 3x3 convolution of x (B, C_in, H, W), padding 0 or 1, by its weight (C_out, C_in, 3, 3), from that of its
+    output, (B, C_out, H, W) with padding and two pixels less a side without. Of images no wider than ROW - padding."""
+    period = x.shape[3] + padding    # from one image to the next, so that the filter sees no two of them: they share padding
+    row = ROW // period
+    gradient, x = side_by_side(gradient, row, period, 1 - padding), side_by_side(x, row, period, 0)
+    return _backward(gradient, x, weight, padding, 1, (False, True, False))[1]
 
 
 def _backward(gradient, x, weight, down: int, right: int, wanted: tuple[bool, bool, bool]):
     return torch.ops.aten.convolution_backward(gradient, x, weight, None, [1, 1], [down, right], [1, 1], False, [0, 0], 1, wanted)
-
-
-def _period(width: int, padding: int) -> int:
-    """From one image's first pixel to the next one's, so that a 3x3 convolution of one does not see the other: they share padding."""
-    return width + padding
 
 
 def side_by_side(images: torch.Tensor, row: int, period: int, first: int) -> torch.Tensor:

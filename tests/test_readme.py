@@ -98,5 +98,5 @@ def test_every_command_of_the_readme_is_understood(place, monkeypatch):
         else:
             usage = shell(place, f"python {' '.join(words[:2])} --help")
             unknown = [word for word in words[2:] if word.startswith("--") and not re.search(rf"{word}\b", usage)]
-            assert "--config-file" in usage or words[1] in ("seresnet.doctor", "benchmarks.frontier"), line
+            assert "--config-file" in usage or words[1] in ("seresnet.doctor", "benchmarks.frontier", "benchmarks.convolutions"), line
             assert usage.startswith("usage: ") and not unknown, line
