@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from seresnet.conv import Conv2d, ConvBeforePool
+from seresnet.pool import MaxPool2x2
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "silu": lambda: nn.SiLU(inplace=True),
@@ -138,7 +139,7 @@ class SEResNet(nn.Module):
         for i, (count, c_out, kernel, shortcut_kernel) in enumerate(zip(blocks, channels, kernels, shortcut_kernels)):
             stage: list[nn.Module] = []
             if downsample == "pool":
-                stage += [ConvBeforePool(width, c_out), nn.MaxPool2d(2), nn.BatchNorm2d(c_out), act()]
+                stage += [ConvBeforePool(width, c_out), MaxPool2x2(), nn.BatchNorm2d(c_out), act()]
                 width, side = c_out, side // 2
             for j in range(count):
                 stride = 2 if downsample == "stride" and i > 0 and j == 0 else 1

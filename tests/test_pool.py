@@ -1,0 +1,93 @@
+"""pool: the compiled max-pooling takes and gives back what torch's does."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seresnet import pool
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Small batches take the compiled way, too; the calls of it."""
+    if pool.compiled() is None:
+        pytest.skip("no numba with an OpenMP layer here")
+    calls, apply = [], pool._MaxPool2x2.apply
+    monkeypatch.setattr(pool, "LEAST", 0)
+    monkeypatch.setattr(pool._MaxPool2x2, "apply", lambda x: calls.append(x.shape) or apply(x))
+    return calls
+
+
+def batch(count, channels, height, width, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return torch.randn(count, channels, height, width).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def both_ways(x, layer):
+    results = []
+    for way in (layer, lambda t: F.max_pool2d(t, 2)):
+        output = way(x)
+        torch.manual_seed(1)
+        results += [output.detach(), *torch.autograd.grad(output, x, torch.randn(output.shape).to(output.dtype))]
+    return results
+
+
+@pytest.mark.parametrize("count, channels, height, width", [(3, 64, 26, 26), (1, 5, 7, 9), (4, 33, 2, 3), (2, 1, 6, 5), (50, 8, 4, 4)])
+def test_it_is_torchs_max_pooling_to_the_bit(count, channels, height, width, always):
+    """Ties among them: 50 x 8 x 4 x 4 bfloat16 values of a normal distribution hold hundreds."""
+    x = batch(count, channels, height, width)
+    mine, of_mine, theirs, of_theirs = both_ways(x, pool.MaxPool2x2())
+    assert len(always) == 1
+    assert torch.equal(mine, theirs) and torch.equal(of_mine, of_theirs)
+    for tensor in (mine, of_mine):
+        assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf"), 3e38, -1e-40])
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_no_ordinary_number_passes_as_in_torch(value, place, always):
+    x = batch(2, 3, 4, 4).detach()
+    x[0, 1, 2 + place // 2, place % 2] = value
+    x[1] = value    # and everywhere
+    mine, of_mine, theirs, of_theirs = both_ways(x.requires_grad_(), pool.MaxPool2x2())
+    assert torch.equal(mine.isnan(), theirs.isnan()) and torch.equal(mine.nan_to_num(0), theirs.nan_to_num(0))
+    where = ~theirs[1].isnan().repeat_interleave(2, 1).repeat_interleave(2, 2)    # of several NaN torch takes the last
+    assert torch.equal(of_mine[0], of_theirs[0]) and torch.equal(of_mine[1][where], of_theirs[1][where])
+
+
+def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(always):
+    x = batch(2, 3, 4, 6)
+    pool.MaxPool2x2()(x).sum().backward()    # its gradient is one number, expanded
+    assert len(always) == 1 and x.grad.sum() == 2 * 3 * 2 * 3 and set(x.grad.flatten().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("why, change", [
+    ("float32", dict(dtype=torch.float32)), ("no gradient is wanted", dict(grad=False)), ("channels first", dict(layout=torch.contiguous_format))])
+def test_torch_does_it_elsewhere(why, change, always):
+    x = batch(2, 3, 6, 6, change.get("dtype", torch.bfloat16)).detach().contiguous(memory_format=change.get("layout", torch.channels_last))
+    x.requires_grad_()
+    with torch.set_grad_enabled(change.get("grad", True)):
+        output = pool.MaxPool2x2()(x)
+    assert not always and torch.equal(output, F.max_pool2d(x, 2)), why
+
+
+def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
+    x = batch(2, 3, 6, 6)
+    monkeypatch.setattr(pool, "LEAST", x.numel() + 1)
+    pool.MaxPool2x2()(x)
+    monkeypatch.setattr(pool, "LEAST", 0)
+    monkeypatch.setattr(pool, "compiled", lambda: None)
+    pool.MaxPool2x2()(x)
+    assert not always
+
+
+def test_it_runs_in_as_many_threads_as_torch_has(always):
+    import numba
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        pool.MaxPool2x2()(batch(2, 3, 6, 6)).sum().backward()
+        assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    pool.MaxPool2x2()(batch(2, 3, 6, 6))
+    assert numba.get_num_threads() == min(before, numba.config.NUMBA_NUM_THREADS)
