@@ -43,7 +43,7 @@ class ConvBeforePool(Conv2d):
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
     """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), and by _SideBySide where that trains faster."""
-    trains = weight.requires_grad and torch.is_grad_enabled()
+    trains = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_matrix_units():
         if weight.shape[2:] == (3, 3) and stride == 1 and padding in (0, 1) and x.shape[3] + padding <= LARGEST_PERIOD:
             return _SideBySide.apply(x, weight.to(x.dtype), padding)

@@ -39,7 +39,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(max(1, channels // reduction), channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, mean = _WithMean.apply(x)
+        x, mean = _WithMean.apply(x) if x.requires_grad and torch.is_grad_enabled() else (x, x.mean((2, 3)))
         gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(mean))))
         return x * gate[:, :, None, None].to(x.dtype)
 
