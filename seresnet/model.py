@@ -39,7 +39,8 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(max(1, channels // reduction), channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, mean = _WithMean.apply(x) if x.requires_grad and torch.is_grad_enabled() else (x, x.mean((2, 3)))
+        alone = not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        x, mean = (x, x.mean((2, 3))) if alone else _WithMean.apply(x)
         gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(mean))))
         return x * gate[:, :, None, None].to(x.dtype)
 
@@ -54,7 +55,7 @@ class _WithMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_x: torch.Tensor, of_mean: torch.Tensor) -> torch.Tensor:
-        return torch.add(of_x, of_mean[:, :, None, None], alpha=1 / of_x[0, 0].numel())
+        return torch.add(of_x, of_mean[:, :, None, None], alpha=1 / (of_x.shape[2] * of_x.shape[3]))
 
 
 class ResidualBlock(nn.Module):

@@ -4,9 +4,11 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 LEAST = 1 << 20    # elements from which loading the compiled code, some tenths of a second once, is worth it
 
@@ -28,7 +30,8 @@ class _MaxPool2x2(torch.autograd.Function):
     """Max-pooling that remembers in one byte which of four pixels it took, where torch writes an int64, and whose backward pass
     writes each pixel once, where torch fills with zeros and then scatters: both passes are bound by what they write and read.
 
-    Takes what torch takes: the first of equal pixels, NaN before all numbers (only 0 and -0 are told apart, and +0 taken).
+    Takes what torch takes, the first of equal pixels, and NaN before all numbers; but of 0 and -0 it takes 0, and of several NaN
+    the greatest bits, where torch takes the first and the last.
     """
 
     @staticmethod
@@ -40,6 +43,7 @@ class _MaxPool2x2(torch.autograd.Function):
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         count, channels, height, width = ctx.shape
         spread = gradient.new_empty(count, height, width, channels)
@@ -55,14 +59,16 @@ def _bits(tensor: torch.Tensor):
 @cache
 def compiled() -> SimpleNamespace | None:
     """The passes `forward(x, pooled, taken)` and `backward(gradient, taken, spread)` over arrays (B, H, W, C), in as many threads as
-    torch has. None without numba, or where its threads could get in the way of others: its OpenMP layer alone shares torch's.
+    torch has, ready to run. None where numba is missing or does not work, and where its threads are of the kind that may not be started
+    from several Python threads at once, as FFCV's reader and a training would.
 
     numba keeps the machine code on disk (beside this file, or in the user's cache folder): it compiles once a machine.
     """
     try:
         import numba
-        from numba.np.ufunc import omppool    # noqa: F401
     except ImportError:
+        return None
+    if numba.config.DISABLE_JIT:
         return None
 
     def forward(x, pooled, taken):
@@ -92,16 +98,21 @@ def compiled() -> SimpleNamespace | None:
             spread[image, 2 * tall:] = 0
             spread[image, :, 2 * wide:] = 0
 
-    passes = {}
-    for name, function in (("forward", forward), ("backward", backward)):
-        try:
-            passes[name] = numba.njit(function, parallel=True, cache=True)
-        except RuntimeError:    # no folder to keep it in
-            passes[name] = numba.njit(function, parallel=True)
-
     def threaded(function):
         def call(*arrays):
-            numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+            threads = torch.get_num_threads()
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
             function(*arrays)
         return call
-    return SimpleNamespace(**{name: threaded(function) for name, function in passes.items()})
+
+    for keep in (True, False):    # a cache that cannot be written is no reason to do without
+        try:
+            passes = {function.__name__: threaded(numba.njit(function, parallel=True, cache=keep)) for function in (forward, backward)}
+            four, one = np.zeros((1, 2, 2, 1), np.int16), np.zeros((1, 1, 1, 1), np.int16)
+            passes["forward"](four, one, one.astype(np.uint8))
+            passes["backward"](one, one.astype(np.uint8), four)
+        except (RuntimeError, OSError, numba.core.errors.NumbaError):
+            continue
+        return SimpleNamespace(**passes) if numba.threading_layer() in ("omp", "tbb") else None
+    return None

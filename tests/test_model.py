@@ -54,6 +54,18 @@ def test_se_is_the_papers_formula():
             assert torch.allclose(got[b, c], x[b, c] * s[c], atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_ses_gradient_is_autograds(count):
+    """Of the paper's formula written out, also of no images: the share of a process for which none are left."""
+    torch.manual_seed(0)
+    se, x = m.SqueezeExcitation(12, 4), torch.randn(count, 12, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
+    plain = x * torch.sigmoid(se.excite(torch.relu(se.squeeze(x.mean((2, 3))))))[:, :, None, None]
+    wanted = torch.randn(plain.shape).to(memory_format=torch.channels_last)
+    mine, theirs = (torch.autograd.grad(output, [x, *se.parameters()], wanted) for output in (se(x), plain))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(mine, theirs))
+    assert mine[0].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("stride, c_out", [(1, 6), (2, 6), (1, 8), (2, 8)])
 def test_residual_block_is_branch_plus_scaled_shortcut(stride, c_out, scale):

@@ -1,4 +1,9 @@
 """pool: the compiled max-pooling takes and gives back what torch's does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +15,7 @@ from seresnet import pool
 def always(monkeypatch):
     """Small batches take the compiled way, too; the calls of it."""
     if pool.compiled() is None:
-        pytest.skip("no numba with an OpenMP layer here")
+        pytest.skip("no numba here whose threads could be used")
     calls, apply = [], pool._MaxPool2x2.apply
     monkeypatch.setattr(pool, "LEAST", 0)
     monkeypatch.setattr(pool._MaxPool2x2, "apply", lambda x: calls.append(x.shape) or apply(x))
@@ -32,7 +37,7 @@ def both_ways(x, layer):
 
 
 @pytest.mark.parametrize("count, channels, height, width", [(3, 64, 26, 26), (1, 5, 7, 9), (4, 33, 2, 3), (2, 1, 6, 5), (50, 8, 4, 4)])
-def test_it_is_torchs_max_pooling_to_the_bit(count, channels, height, width, always):
+def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channels, height, width, always):
     """Ties among them: 50 x 8 x 4 x 4 bfloat16 values of a normal distribution hold hundreds."""
     x = batch(count, channels, height, width)
     mine, of_mine, theirs, of_theirs = both_ways(x, pool.MaxPool2x2())
@@ -61,10 +66,11 @@ def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(always):
 
 
 @pytest.mark.parametrize("why, change", [
-    ("float32", dict(dtype=torch.float32)), ("no gradient is wanted", dict(grad=False)), ("channels first", dict(layout=torch.contiguous_format))])
+    ("float32", dict(dtype=torch.float32)), ("no gradient is wanted", dict(grad=False)),
+    ("channels first", dict(layout=torch.contiguous_format))])
 def test_torch_does_it_elsewhere(why, change, always):
-    x = batch(2, 3, 6, 6, change.get("dtype", torch.bfloat16)).detach().contiguous(memory_format=change.get("layout", torch.channels_last))
-    x.requires_grad_()
+    x = batch(2, 3, 6, 6, change.get("dtype", torch.bfloat16)).detach()
+    x = x.contiguous(memory_format=change.get("layout", torch.channels_last)).requires_grad_()
     with torch.set_grad_enabled(change.get("grad", True)):
         output = pool.MaxPool2x2()(x)
     assert not always and torch.equal(output, F.max_pool2d(x, 2)), why
@@ -80,14 +86,43 @@ def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
     assert not always
 
 
-def test_it_runs_in_as_many_threads_as_torch_has(always):
-    import numba
-    before = torch.get_num_threads()
-    try:
+def test_it_runs_in_as_many_threads_as_torch_has_and_leaves_torch_its_number():
+    """In a program of its own: numba's first start is what would change torch's number."""
+    code = """if True:
+        import torch
+        from seresnet import pool
         torch.set_num_threads(1)
-        pool.MaxPool2x2()(batch(2, 3, 6, 6)).sum().backward()
-        assert numba.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    pool.MaxPool2x2()(batch(2, 3, 6, 6))
-    assert numba.get_num_threads() == min(before, numba.config.NUMBA_NUM_THREADS)
+        pool.LEAST, x = 0, torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+        pool.MaxPool2x2()(x).float().sum().backward()
+        import numba
+        print(pool.compiled() is None, torch.get_num_threads(), numba.get_num_threads())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in (["False", "1", "1"], ["True", "1", str(os.cpu_count())]), done.stdout    # True: not here
+
+
+def test_no_images_have_no_maxima(always):
+    x = batch(0, 3, 6, 6)
+    output = pool.MaxPool2x2()(x)
+    output.sum().backward()
+    assert output.shape == (0, 3, 3, 3) and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("fault, works", [("disk", True), ("jit", False), ("layer", False)])
+def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch):
+    numba = pytest.importorskip("numba")
+    if pool.compiled() is None:
+        pytest.skip("no numba here whose threads could be used")
+    njit = numba.njit
+
+    def full(function, cache, **options):
+        if cache:
+            raise OSError("No space left on device")
+        return njit(function, **options)
+    if fault == "disk":
+        monkeypatch.setattr(numba, "njit", full)
+    elif fault == "jit":
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    else:
+        monkeypatch.setattr(numba, "threading_layer", lambda: "workqueue")
+    assert (pool.compiled.__wrapped__() is not None) == works
