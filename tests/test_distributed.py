@@ -92,8 +92,9 @@ def trained(place, settings):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name, tolerance", [("sgd", 1e-4), ("hardest", 1e-4), ("muon", 1e-2)])    # muon's products are bf16: roundings grow
-def test_several_processes_train_what_one_trains(trained, name, tolerance, count):
+# Roundings grow, on one processor more than on another: 1e-7 for ten steps of sgd, up to 3e-4 when a unit has crossed its kink.
+@pytest.mark.parametrize("name, first, later", [("sgd", 1e-5, 1e-3), ("hardest", 1e-5, 1e-3), ("muon", 1e-2, 1e-2)])    # muon's products: bf16
+def test_several_processes_train_what_one_trains(trained, name, first, later, count):
     [one], several = trained[name][1], trained[name][count]
     steps = len(one["losses"])
     assert steps >= (17 if name == "hardest" else 20) and all(len(rank["losses"]) == steps for rank in several)
@@ -102,8 +103,10 @@ def test_several_processes_train_what_one_trains(trained, name, tolerance, count
         total = sum(rank["counts"][step] for rank in several)
         assert total == one["counts"][step]
         mean = sum(rank["losses"][step] * rank["counts"][step] for rank in several) / total
+        tolerance = first if step < 10 else later
         assert mean == pytest.approx(one["losses"][step], rel=tolerance, abs=tolerance / 10), step
-    assert several[0]["correct"] == one["correct"] and several[0]["loss"] == pytest.approx(one["loss"], rel=10 * tolerance)
+    assert several[0]["correct"] == one["correct"]
+    assert several[0]["loss"] == pytest.approx(one["loss"], rel=0.1 if name == "muon" else later)
 
 
 @pytest.mark.parametrize("count", [2, 3])
