@@ -1,14 +1,17 @@
-"""Convolutions: torch's, with a faster gradient of the weights where images are small and the CPU has matrix units."""
+"""Convolutions: torch's, with faster gradients where images are small and the CPU has matrix units."""
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from seresnet.compiled import has_matrix_units
+
 ROW = 32               # pixels that a matrix unit (AMX, bfloat16) sums over at once
 LARGEST_PERIOD = 14    # two of 14 nearly fill a row; laying wider images side by side costs more than it saves
+LONG_ROW = 64          # pixels for which a kernel reads the weights once, where all of a convolution is computed side by side:
+SMALL, SMALL_BESIDE_WEIGHTS = 4, 7    # up to so many pixels a side it pays, with few weights and with more than
+MANY_WEIGHTS = 1 << 20                # these, 2 MB, more than a core's cache holds
 
 
 class Conv2d(nn.Conv2d):
@@ -46,14 +49,9 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -
     trains = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_matrix_units():
         if weight.shape[2:] == (3, 3) and stride == 1 and padding in (0, 1) and x.shape[3] + padding <= LARGEST_PERIOD:
-            return _SideBySide.apply(x, weight.to(x.dtype), padding)
+            throughout = padding == 1 and x.shape[3] <= (SMALL_BESIDE_WEIGHTS if weight.numel() > MANY_WEIGHTS else SMALL)
+            return (_SideBySideThroughout if throughout else _SideBySide).apply(x, weight.to(x.dtype), padding)
     return F.conv2d(x, weight, None, stride, padding)
-
-
-@cache
-def has_matrix_units() -> bool:
-    """Whether the CPU has AMX tiles, with which torch convolves in bfloat16."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 class _SideBySide(torch.autograd.Function):
@@ -79,6 +77,29 @@ class _SideBySide(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = weight_gradient(gradient, x, weight, ctx.padding)
         return of_x, of_weight, None
+
+
+class _SideBySideThroughout(torch.autograd.Function):
+    """3x3 convolution, padded by one, that takes several images as one wide one forwards and for both gradients.
+
+    oneDNN reads all weights for every row of an image: with 384 channels they are 2.7 MB, more than a core's cache, and three or
+    six pixels do not pay for that. 1.3 to 2.9 times faster, copies included (records/: fewer passes).
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
+        period = x.shape[3] + 1
+        ctx.layout = len(x), LONG_ROW // period, period
+        rows = side_by_side(x, LONG_ROW // period, period, 0)
+        ctx.save_for_backward(rows, weight)
+        return apart(F.conv2d(rows, weight, padding=1), *ctx.layout)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        rows, weight = ctx.saved_tensors
+        gradient = side_by_side(gradient, *ctx.layout[1:], 0)
+        of_rows, of_weight, _ = torchs_gradients(gradient, rows, weight, 1, 1, (*ctx.needs_input_grad[:2], False))
+        return apart(of_rows, *ctx.layout) if ctx.needs_input_grad[0] else None, of_weight, None
 
 
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
@@ -109,3 +130,10 @@ def side_by_side(images: torch.Tensor, row: int, period: int, first: int) -> tor
         places[whole, :, :rest].copy_(images[count - rest:].transpose(0, 1))
         places[whole, :, rest:].zero_()
     return rows.view(len(rows), height, row * period, channels).permute(0, 3, 1, 2)
+
+
+def apart(rows: torch.Tensor, count: int, row: int, period: int) -> torch.Tensor:
+    """The `count` images (B, C, H, period - 1), channels-last, that lie in rows (N, C, H, row * period) as `side_by_side` lays them
+    from the first pixel of their period."""
+    rows = rows.permute(0, 2, 3, 1).unflatten(2, (row, period))[:, :, :, :period - 1]
+    return rows.transpose(1, 2).flatten(0, 1)[:count].contiguous().permute(0, 3, 1, 2)

@@ -5,12 +5,13 @@ Output: logits (B, classes).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from seresnet.conv import Conv2d, ConvBeforePool
+from seresnet.norm import normalise
 from seresnet.pool import MaxPool2x2
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -41,8 +42,11 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         alone = not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         x, mean = (x, x.mean((2, 3))) if alone else _WithMean.apply(x)
-        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(mean))))
-        return x * gate[:, :, None, None].to(x.dtype)
+        return x * self.gate(mean)[:, :, None, None].to(x.dtype)
+
+    def gate(self, mean: torch.Tensor) -> torch.Tensor:
+        """The gates, in (0, 1), from the means over the image: (B, C) -> same."""
+        return torch.sigmoid(self.excite(torch.relu(self.squeeze(mean))))
 
 
 class _WithMean(torch.autograd.Function):
@@ -56,6 +60,25 @@ class _WithMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_x: torch.Tensor, of_mean: torch.Tensor) -> torch.Tensor:
         return torch.add(of_x, of_mean[:, :, None, None], alpha=1 / (of_x.shape[2] * of_x.shape[3]))
+
+
+class Layers(nn.Sequential):
+    """One layer after the other; a normalisation and the activation behind it in one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return through(self, x)
+
+
+def through(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """x, through one layer after the other; a normalisation and the activation behind it in one (seresnet/norm.py)."""
+    layers = list(layers)
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[0], nn.GELU):
+            x = normalise(x, layer, layers.pop(0))
+        else:
+            x = layer(x)
+    return x
 
 
 class ResidualBlock(nn.Module):
@@ -79,13 +102,15 @@ class ResidualBlock(nn.Module):
         self.last_norm: nn.BatchNorm2d = layers[-1]
         if se_reduction:
             layers.append(SqueezeExcitation(c_out, se_reduction))
-        self.branch = nn.Sequential(*layers)
+        self.branch = Layers(*layers)
         self.shortcut = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
             Conv2d(c_in, c_out, shortcut_kernel, stride), nn.BatchNorm2d(c_out))
         self.activation = activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(torch.add(self.branch(x), self.shortcut(x), alpha=self.shortcut_scale))
+        *layers, last = self.branch
+        gate, norm = (last, layers.pop()) if isinstance(last, SqueezeExcitation) else (None, last)
+        return normalise(through(layers, x), norm, self.activation, gate, self.shortcut(x), self.shortcut_scale)
 
 
 class SEResNet(nn.Module):
@@ -133,7 +158,7 @@ class SEResNet(nn.Module):
             self.stem[0].weight.requires_grad_(False)    # set once from the data by `whiten`
         else:
             width, side = stem_channels or channels[0], image_size
-            self.stem = nn.Sequential(Conv2d(3, width, 3), nn.BatchNorm2d(width), act())
+            self.stem = Layers(Conv2d(3, width, 3), nn.BatchNorm2d(width), act())
         if se == "stem":
             self.stem.append(SqueezeExcitation(width, se_reduction))
         stages = []
@@ -148,7 +173,7 @@ class SEResNet(nn.Module):
                                            depth=block_depth, se_reduction=se_reduction if se == "block" else None,
                                            activation=act, shortcut_scale=shortcut_scale))
                 width, side = c_out, -(-side // stride)
-            stages.append(nn.Sequential(*stage))
+            stages.append(Layers(*stage))
         if side < 1:
             raise ValueError(f"{len(blocks)} stages leave nothing of images of {image_size} pixels a side: fewer "
                              "stages, or larger images")

@@ -11,14 +11,14 @@ PACKAGE = sorted(p.stem for p in (ROOT / "seresnet").glob("*.py") if p.stem != "
 ENTRIES = ("write_datasets.py", "ffcv_train.py")
 
 # Lower layers never import higher ones; modules of one layer do not import each other (but for those named).
-LAYERS = [{"runtime", "clock", "conv", "pool"},
+LAYERS = [{"kernels"}, {"compiled"}, {"runtime", "clock", "conv", "norm", "pool"},
           {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift", "synced", "ranks"}, {"cifar"},
           {"sources"}, {"beton"}, {"loader", "checkpoint", "pictures", "inputs"}, {"report", "trained"},
           {"evaluate", "predict", "export", "doctor"}, {"loop"}, {"preview"}]
-TORCH_ONLY = {"augment", "conv", "model", "loss", "optim", "clock", "tta", "synced"}    # and each other: stages with plain arguments
+TORCH_ONLY = {"augment", "conv", "norm", "pool", "model", "loss", "optim", "clock", "tta", "synced"}    # and each other: stages with plain arguments
 DOORS = {"fastargs": {"config"}, "ffcv": {"loader", "runtime"}, "torchvision": {"runtime", "cifar"}, "pyarrow": {"sources"},
          "matplotlib": {"pictures"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"},
-         "onnxruntime": {"export"}, "numba": {"loader", "runtime", "pool"}}
+         "onnxruntime": {"export"}, "numba": {"loader", "runtime", "compiled", "kernels"}}
 
 
 def imports(path):
@@ -57,7 +57,7 @@ def test_imports_run_one_way(module):
 def test_stages_need_torch_alone(module):
     import sys
     others, own = imports(ROOT / "seresnet" / f"{module}.py")
-    assert own <= TORCH_ONLY | {"pool"} and others <= set(sys.stdlib_module_names) | {"torch"}
+    assert own <= TORCH_ONLY | {"compiled"} and others <= set(sys.stdlib_module_names) | {"torch"}
 
 
 @pytest.mark.parametrize("library, doors", DOORS.items())

@@ -35,12 +35,17 @@ def taken(monkeypatch):
 @pytest.mark.parametrize("padding, height, width", [(1, 6, 6), (1, 3, 3), (1, 1, 1), (1, 5, 13), (1, 13, 5), (0, 8, 8), (0, 14, 14),
                                                     (0, 5, 3)])
 @pytest.mark.parametrize("count", [0, 1, 4, 9, 32])
-def test_gradients_are_those_of_float64(count, padding, height, width, matrix_units, taken):
+@pytest.mark.parametrize("many_weights", [False, True])
+def test_gradients_are_those_of_float64(many_weights, count, padding, height, width, matrix_units, taken, monkeypatch):
     """Of counts that fill rows, and of such that leave a rest; the same within bfloat16's rounding."""
+    monkeypatch.setattr(conv, "MANY_WEIGHTS", 0 if many_weights else 1 << 20)
+    throughout, apply = [], conv._SideBySideThroughout.apply
+    monkeypatch.setattr(conv._SideBySideThroughout, "apply", lambda *args: throughout.append(args) or apply(*args))
     x, weight = tensors(count, 5, 7, height, width)
     output = conv.convolve(x, weight, stride=1, padding=padding)
     got = gradients(output, x, weight)
-    assert len(taken) == 2
+    assert len(taken) == 2 and len(throughout) == (padding == 1 and width <= (7 if many_weights else 4))
+    assert count == 0 or all(t.is_contiguous(memory_format=torch.channels_last) for t in (output, got[0]))
     exact = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in (x, weight)]
     expected = F.conv2d(*exact, padding=padding)
     assert torch.allclose(output.double(), expected, atol=0.03)
@@ -57,6 +62,13 @@ def test_side_by_side_keeps_every_pixel_and_writes_zeros_elsewhere():
         place = rows[i // 2, :, :, i % 2 * 6:][..., :6]
         expected = F.pad(images[i] if i < 5 else torch.zeros_like(images[0]), (1, 1))
         assert torch.equal(place, expected)
+
+
+@pytest.mark.parametrize("count, row", [(1, 4), (8, 4), (7, 3), (0, 2)])
+def test_apart_undoes_side_by_side(count, row):
+    images = torch.randn(count, 5, 3, 6).to(memory_format=torch.channels_last)
+    again = conv.apart(conv.side_by_side(images, row, 7, 0), count, row, 7)
+    assert torch.equal(again, images) and (count == 0 or again.is_contiguous(memory_format=torch.channels_last))
 
 
 def test_the_gradient_of_a_frozen_weight_or_input_is_not_computed(matrix_units, taken):

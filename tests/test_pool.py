@@ -1,23 +1,18 @@
 """pool: the compiled max-pooling takes and gives back what torch's does."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from seresnet import pool
+from seresnet import compiled, pool
 
 
 @pytest.fixture
 def always(monkeypatch):
     """Small batches take the compiled way, too; the calls of it."""
-    if pool.compiled() is None:
+    if compiled.kernels() is None:
         pytest.skip("no numba here whose threads could be used")
     calls, apply = [], pool._MaxPool2x2.apply
-    monkeypatch.setattr(pool, "LEAST", 0)
+    monkeypatch.setattr(compiled, "LEAST", 0)
     monkeypatch.setattr(pool._MaxPool2x2, "apply", lambda x: calls.append(x.shape) or apply(x))
     return calls
 
@@ -78,27 +73,12 @@ def test_torch_does_it_elsewhere(why, change, always):
 
 def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
     x = batch(2, 3, 6, 6)
-    monkeypatch.setattr(pool, "LEAST", x.numel() + 1)
+    monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
     pool.MaxPool2x2()(x)
-    monkeypatch.setattr(pool, "LEAST", 0)
-    monkeypatch.setattr(pool, "compiled", lambda: None)
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
     pool.MaxPool2x2()(x)
     assert not always
-
-
-def test_it_runs_in_as_many_threads_as_torch_has_and_leaves_torch_its_number():
-    """In a program of its own: numba's first start is what would change torch's number."""
-    code = """if True:
-        import torch
-        from seresnet import pool
-        torch.set_num_threads(1)
-        pool.LEAST, x = 0, torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
-        pool.MaxPool2x2()(x).float().sum().backward()
-        import numba
-        print(pool.compiled() is None, torch.get_num_threads(), numba.get_num_threads())"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() in (["False", "1", "1"], ["True", "1", str(os.cpu_count())]), done.stdout    # True: not here
 
 
 def test_no_images_have_no_maxima(always):
@@ -106,23 +86,3 @@ def test_no_images_have_no_maxima(always):
     output = pool.MaxPool2x2()(x)
     output.sum().backward()
     assert output.shape == (0, 3, 3, 3) and x.grad.shape == x.shape
-
-
-@pytest.mark.parametrize("fault, works", [("disk", True), ("jit", False), ("layer", False)])
-def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch):
-    numba = pytest.importorskip("numba")
-    if pool.compiled() is None:
-        pytest.skip("no numba here whose threads could be used")
-    njit = numba.njit
-
-    def full(function, cache, **options):
-        if cache:
-            raise OSError("No space left on device")
-        return njit(function, **options)
-    if fault == "disk":
-        monkeypatch.setattr(numba, "njit", full)
-    elif fault == "jit":
-        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    else:
-        monkeypatch.setattr(numba, "threading_layer", lambda: "workqueue")
-    assert (pool.compiled.__wrapped__() is not None) == works

@@ -1,0 +1,104 @@
+"""Batch normalisation and what follows it: layer by layer, and in fewer passes over memory where that sets the pace."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from seresnet.compiled import bits, kernels, worth_it
+
+ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
+
+
+def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate: nn.Module | None = None,
+              shortcut: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+    """activation(gate(norm(x)) + scale * shortcut), without the gate or the shortcut where there is none.
+
+    x, shortcut, result: (B, C, H, W). gate: a SqueezeExcitation.
+    """
+    if (worth_it(x) and norm.training and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+            and norm.momentum is not None and x.shape[0] * x.shape[2] * x.shape[3] > 1
+            and type(activation) is nn.GELU and activation.approximate == "none"
+            and (shortcut is None or scale != 0 and shortcut.dtype == x.dtype and shortcut.is_contiguous(memory_format=torch.channels_last))):
+        return _Normalise.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
+    x = norm(x)
+    if gate is not None:
+        x = gate(x)
+    if shortcut is not None:
+        x = torch.add(x, shortcut, alpha=scale)
+    return activation(x)
+
+
+class _Normalise(torch.autograd.Function):
+    """`normalise` of a training with GELU, in two passes over memory forwards and two backwards; layer by layer it is five and
+    eight without a gate and shortcut, and twelve and twenty-one with both, counted in reads and writes of x's size: here 8 and 12.
+
+    The first pass of either kind sums over the pixels of each image, from which follow the statistics of the batch, the mean that
+    squeeze-and-excitation looks at, and its gradient; the second writes. In between all is float32. What is kept for the backward
+    pass is x and the shortcut: it computes the rest again.
+    """
+
+    @staticmethod
+    def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
+        images, pixels = len(x), x.shape[2] * x.shape[3]
+        count = images * pixels
+        pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
+        total, squares = torch.empty(images if gate else min(ROWS, images), x.shape[1]), torch.empty(images if gate else min(ROWS, images), x.shape[1])
+        kernels().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
+        shift = total.sum(0, dtype=torch.float64) / count
+        variance = (squares.sum(0, dtype=torch.float64) / count - shift.square()).clamp_(min=0)
+        mean, deviation = (pivot + shift).float(), (variance + norm.eps).rsqrt().float()
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_((variance * (count / (count - 1))).float(), norm.momentum)
+
+        factor = weight * deviation
+        a, d = factor[None], (bias - mean * factor)[None]
+        ctx.gating = None
+        if gate:
+            from_mean = total / pixels + (pivot - mean)    # of each image
+            mean_of_image = from_mean * factor + bias
+            with torch.enable_grad():
+                gates = gate.gate(mean_of_image.requires_grad_())
+            a, d = a * gates.detach(), d * gates.detach()
+            ctx.gating = from_mean, mean_of_image, gates
+        y = torch.empty_like(x)
+        ctx.scale = scale if shortcut is not None else 0.0
+        kernels().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale, _flat(y))
+        ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
+        images, pixels = len(x), x.shape[2] * x.shape[3]
+        count, factor = images * pixels, weight * deviation
+        seen = (_flat(gradient), _flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale)
+        rows = images if ctx.gating else min(ROWS, images)
+        total, product = torch.empty(rows, x.shape[1]), torch.empty(rows, x.shape[1])
+        kernels().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
+        by_back, by_image, of_parameters = factor[None], 0.0, [None] * len(of_gate)
+        if ctx.gating:
+            from_mean, mean_of_image, gates = ctx.gating
+            wanted = [i for i, parameter in enumerate(of_gate) if parameter.requires_grad]
+            of_mean, *found = torch.autograd.grad(gates, [mean_of_image, *(of_gate[i] for i in wanted)],
+                                                  (factor * product + bias * total).to(gates.dtype), retain_graph=True)
+            for i, of_parameter in zip(wanted, found):
+                of_parameters[i] = of_parameter
+            gates = gates.detach().float()
+            by_back, by_image = gates * factor, of_mean / pixels
+            total, product = gates * total + of_mean, gates * product + of_mean * from_mean
+        of_bias, of_weight = (sums.sum(0, dtype=torch.float64).float() for sums in (total, product * deviation))
+        of_value = -factor * deviation * of_weight / count
+        constant = factor * (by_image - of_bias / count) - of_value * mean
+        of_x = torch.empty_like(x)
+        of_shortcut = None if shortcut is None else torch.empty_like(shortcut)
+        kernels().gradients(*seen, of_value.numpy(), constant.expand_as(by_back).contiguous().numpy(), by_back.numpy(), _flat(of_x),
+                            _flat(of_x if shortcut is None else of_shortcut))
+        return None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
+
+
+def _flat(images: torch.Tensor):
+    """(B, C, H, W) as an array of bits (B, H * W, C), the same memory where that is channels-last."""
+    return bits(images.permute(0, 2, 3, 1).contiguous()).reshape(len(images), -1, images.shape[1])

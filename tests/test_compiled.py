@@ -1,0 +1,87 @@
+"""compiled: numba's code where numba works, in torch's threads; and what the passes do to numbers."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seresnet import compiled
+
+
+def test_it_runs_in_as_many_threads_as_torch_has_and_leaves_torch_its_number():
+    """In a program of its own: numba's first start is what would change torch's number."""
+    code = """if True:
+        import torch
+        from seresnet import compiled, pool
+        torch.set_num_threads(1)
+        compiled.LEAST, x = 0, torch.zeros(2, 3, 6, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+        pool.MaxPool2x2()(x).float().sum().backward()
+        import numba
+        print(compiled.kernels() is None, torch.get_num_threads(), numba.get_num_threads())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() in (["False", "1", "1"], ["True", "1", str(os.cpu_count())]), done.stdout    # True: not here
+
+
+@pytest.mark.parametrize("fault, works", [("disk", True), ("jit", False), ("layer", False)])
+def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch):
+    numba = pytest.importorskip("numba")
+    if compiled.kernels() is None:
+        pytest.skip("no numba here whose threads could be used")
+    njit = numba.njit
+
+    def full(function, cache, **options):
+        if cache:
+            raise OSError("No space left on device")
+        return njit(function, **options)
+    if fault == "disk":
+        monkeypatch.setattr(numba, "njit", full)
+    elif fault == "jit":
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    else:
+        monkeypatch.setattr(numba, "threading_layer", lambda: "workqueue")
+    assert (compiled.kernels.__wrapped__() is not None) == works
+
+
+@pytest.fixture
+def source():
+    if compiled.kernels() is None:
+        pytest.skip("no numba here whose threads could be used")
+    from seresnet import kernels
+    return kernels
+
+
+def test_numbers_become_bfloat16_and_back_as_torch_rounds_them(source):
+    bits = torch.randint(-2**31, 2**31, (3000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    numbers = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -3.4e38, float("inf")])])
+    rounded = numbers.to(torch.bfloat16)
+    for number, expected in zip(numbers.numpy(), rounded):
+        got = torch.tensor(source.narrow(number), dtype=torch.int16).view(torch.bfloat16)
+        assert torch.equal(got, expected) or got.isnan() and expected.isnan(), number
+        assert np.float32(source.widen(compiled.bits(expected)[()])) == expected.item() or expected.isnan()
+
+
+def test_gelu_is_torchs_for_every_bfloat16(source):
+    """Within 2e-4, and half of a step of bfloat16."""
+    every = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()]
+    y, unit = torch.empty_like(every), np.ones((1, 1), np.float32)
+    x = compiled.bits(every.view(1, -1, 1))
+    compiled.kernels().activate(x, x, unit, 0 * unit, 0.0, compiled.bits(y.view(1, -1, 1)))
+    exact = torch.nn.functional.gelu(every.double())
+    negative = every < -4    # where the share stays at 3e-5
+    assert ((y.double() - exact).abs() <= 2e-4 + 2**-8 * exact.abs())[~negative].all()
+    assert (y.double().abs() <= 4e-5 * every.double().abs())[negative].all()
+
+
+@pytest.mark.parametrize("u", [-9.0, -4.1, -3.9, -2.0, -0.75, -1e-3, 0.0, 1e-20, 0.3, 1.0, 2.5, 3.99, 4.01, 30.0])
+def test_the_slope_of_gelu_is_its_derivative(u, source):
+    x = torch.tensor(u, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.gelu(x).backward()
+    assert abs(source.gelu_slope(np.float32(u)) - x.grad.item()) <= 6e-4
+    if abs(u) < 4:
+        assert abs(source.gelu_slope(np.float32(u)) - x.grad.item()) <= 8e-5
+        assert abs(source.normal_share(np.float32(u)) - (1 + torch.erf(x.detach() / 2**0.5).item()) / 2) <= 1e-5

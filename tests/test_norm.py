@@ -1,0 +1,162 @@
+"""norm: normalisation, gate, shortcut and activation in few passes are what the layers are one by one."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from seresnet import compiled, norm
+from seresnet.model import SEResNet, SqueezeExcitation
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Small batches take the compiled way, too; the calls of it."""
+    if compiled.kernels() is None:
+        pytest.skip("no numba here whose threads could be used")
+    calls, apply = [], norm._Normalise.apply
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    monkeypatch.setattr(norm._Normalise, "apply", lambda *args: calls.append(args) or apply(*args))
+    return calls
+
+
+def layers(channels, gated, momentum=0.4):
+    torch.manual_seed(1)
+    layer = nn.BatchNorm2d(channels, momentum=momentum)
+    nn.init.normal_(layer.weight, 1, 0.2)
+    nn.init.normal_(layer.bias, std=0.3)
+    gate = SqueezeExcitation(channels, 2) if gated else None
+    if gate:
+        nn.init.constant_(gate.squeeze.bias, 1)    # its ReLUs stay on one side, whatever the rounding
+    return layer, gate
+
+
+def images(*shape, seed, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(memory_format=torch.channels_last)
+
+
+def train(x, shortcut, gated, exact=False, scale=0.3, activation=None):
+    """Output, gradients of x, shortcut and all parameters, running statistics, as float64."""
+    layer, gate = layers(x.shape[1], gated)
+    x, shortcut = (None if t is None else t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, shortcut))
+    parameters = [*layer.parameters(), *(gate.parameters() if gated else [])]
+    if exact:
+        x, shortcut = (None if t is None else t.detach().double().requires_grad_() for t in (x, shortcut))
+        layer, gate = layer.double(), gate.double() if gated else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+        y = norm.normalise(x, layer, activation or nn.GELU(), gate, shortcut, scale)
+    y.backward(images(*y.shape, seed=3).to(y.dtype))
+    leaves = [x, *([shortcut] if shortcut is not None else []), *parameters]
+    assert int(layer.num_batches_tracked) == 1
+    return [t.double() for t in (y.detach(), *(leaf.grad for leaf in leaves), layer.running_mean, layer.running_var)]
+
+
+SHAPES = [(40, 64, 13, 13), (70, 33, 3, 3), (3, 5, 1, 7), (2, 1, 4, 4), (130, 8, 1, 1), (1, 6, 5, 5)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_what_float64_makes_layer_by_layer(shape, with_shortcut, gated, always):
+    """Outputs and gradients within bfloat16's rounding: its half step is 2^-9 of the number, here of the largest."""
+    x = images(*shape, seed=0) * 2 + torch.arange(shape[1])[:, None, None] * 0.1
+    x, shortcut = x.to(torch.bfloat16), images(*shape, seed=2) if with_shortcut else None
+    got = train(x, shortcut, gated)
+    assert len(always) == 1
+    expected = train(x, shortcut, gated, exact=True)
+    assert len(always) == 1 and len(got) == len(expected) == 6 + with_shortcut + 4 * gated
+    for mine, theirs in zip(got, expected):
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs, rtol=0, atol=0.015 * float(theirs.abs().max()) + 1e-3), (mine - theirs).abs().max()
+    for mine, theirs in zip(got[-2:], expected[-2:]):    # running statistics are float32 throughout
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_keep_their_digits_where_the_mean_is_large(always):
+    x = (images(50, 4, 6, 6, seed=0) * 8 + 3000).to(torch.bfloat16)    # steps of 16: a few different values
+    got, expected = train(x, None, False), train(x, None, False, exact=True)
+    assert always and torch.allclose(got[-1], expected[-1], rtol=1e-5)
+    assert torch.allclose(got[0], expected[0], atol=0.02)
+
+
+def test_a_channel_that_is_constant_is_normalised_to_its_shift(always):
+    x = torch.full((4, 3, 5, 5), 7.0, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    y, of_x, *_ = train(x, None, False)
+    layer, _ = layers(3, False)
+    assert always and torch.allclose(y, nn.functional.gelu(layer.bias.detach()).double()[:, None, None].expand_as(y), atol=4e-3)
+    assert of_x.isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_threads(threads, always):
+    x, shortcut = images(70, 16, 5, 5, seed=0), images(70, 16, 5, 5, seed=2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            results.append([train(x, shortcut, gated) for gated in (False, True)])
+    finally:
+        torch.set_num_threads(before)
+    for ways in zip(*results):
+        assert all(torch.equal(a, b) for a, b in zip(*ways))
+
+
+def test_what_is_frozen_gets_no_gradient_and_a_graph_may_be_walked_twice(always):
+    layer, gate = layers(6, True)
+    layer.weight.requires_grad_(False)
+    gate.squeeze.weight.requires_grad_(False)
+    x, shortcut = images(5, 6, 4, 4, seed=0).requires_grad_(), images(5, 6, 4, 4, seed=1)
+    y = norm.normalise(x, layer, nn.GELU(), gate, shortcut, 0.3)
+    y.sum().backward(retain_graph=True)    # its gradient is one number, expanded
+    first = [t.grad.clone() for t in (x, layer.bias, gate.squeeze.bias, gate.excite.weight)]
+    y.sum().backward()
+    assert len(always) == 1 and layer.weight.grad is None and gate.squeeze.weight.grad is None and shortcut.grad is None
+    for once, twice in zip(first, (x, layer.bias, gate.squeeze.bias, gate.excite.weight)):
+        assert once.abs().max() > 0 and torch.allclose(twice.grad.float(), 2 * once.float())
+
+
+class Other(nn.BatchNorm2d):
+    """Such as the one that several processes share."""
+
+
+@pytest.mark.parametrize("why", ["float32", "evaluation", "no gradient is wanted", "channels first", "a shortcut laid out otherwise",
+                                 "another activation", "gelu by tanh", "another normalisation", "no scale and shift", "no running statistics",
+                                 "a cumulative average", "little", "no numba"])
+def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
+    layer = {"another normalisation": Other(6), "no scale and shift": nn.BatchNorm2d(6, affine=False),
+             "no running statistics": nn.BatchNorm2d(6, track_running_stats=False),
+             "a cumulative average": nn.BatchNorm2d(6, momentum=None)}.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
+    activation = {"another activation": nn.SiLU(), "gelu by tanh": nn.GELU("tanh")}.get(why, nn.GELU())
+    x = images(5, 6, 4, 4, seed=0, dtype=torch.float32 if why == "float32" else torch.bfloat16)
+    x = (x.contiguous() if why == "channels first" else x).requires_grad_(why != "no gradient is wanted")
+    shortcut = images(5, 6, 4, 4, seed=1).contiguous() if why == "a shortcut laid out otherwise" else None
+    if why == "little":
+        monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
+    if why == "no numba":
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
+    expected = copy.deepcopy(layer)(x)
+    expected = activation(expected if shortcut is None else torch.add(expected, shortcut, alpha=0.3))
+    assert torch.equal(norm.normalise(x, layer, activation, None, shortcut, 0.3), expected) and not always
+
+
+@pytest.mark.parametrize("downsample, depth", [("pool", 1), ("pool", 3), ("stride", 2)])
+def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, always, monkeypatch):
+    """The names are those of checkpoints written before."""
+    torch.manual_seed(0)
+    net = SEResNet(blocks=[1, 1], channels=[16, 24], classes=10, image_size=16, block_depth=depth, downsample=downsample, se="block",
+                   activation="gelu", se_reduction=2, shortcut_scale=0.3).to(memory_format=torch.channels_last)
+    x = images(64, 3, 16, 16, seed=0)
+    start, results = {k: v.clone() for k, v in net.state_dict().items()}, []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(compiled, "LEAST", least)
+        net.load_state_dict(start)
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.functional.cross_entropy(net(x).float(), torch.arange(64) % 10).backward()
+        results.append({name: p.grad.flatten().clone() for name, p in net.named_parameters()})
+    assert len(always) == 1 + 2 * (depth + (downsample == "pool"))    # every normalisation, the stem's first
+    assert all(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0) > 0.98 for name in results[0]), {
+        name: float(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0)) for name in results[0]}
+    assert {"stem.0.weight", "stages.0.0.weight" if downsample == "pool" else "stages.0.0.branch.0.weight", "head.weight"} <= set(results[0])
