@@ -1,0 +1,82 @@
+"""What the CPU's own parts of a step are worth: python -m benchmarks.parts --config-file rn_configs/se94.yaml [--side 28] [--out DIR]
+
+A step of the recipe's net on random images, forwards and backwards without the optimizer: with torch's own layers, and with the
+project's parts added one after the other, in turns (the gradient of squeeze-and-excitation's mean is its own throughout). Each part says itself where it applies (seresnet/conv.py, pool.py, norm.py): on a
+GPU, in float32 or without AMX some or all of them make no difference.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest import mock
+
+from benchmarks import keep
+from seresnet import config, report, runtime
+
+WAYS = ("torch's own layers", "convolutions side by side", "and compiled max-pooling", "and normalisation in few passes")
+
+
+def parts(count: int) -> ExitStack:
+    """The first `count` of the parts switched on, the others off, until it is closed."""
+    from seresnet import conv, norm, pool
+    stack = ExitStack()
+    for module, name in [(conv, "has_matrix_units"), (pool, "worth_it"), (norm, "worth_it")][count:]:
+        stack.enter_context(mock.patch.object(module, name, lambda *_: False))
+    return stack
+
+
+def measure(settings, device, side: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each timed step, by way."""
+    import torch
+
+    from seresnet import loop
+    from seresnet.clock import Clock
+    settings = replace(settings, model=replace(settings.model, classes=settings.model.classes or 10, image_size=settings.model.image_size or side))
+    torch.manual_seed(0)
+    model = loop.build_model(settings).to(device, memory_format=torch.channels_last)
+    dtype = runtime.pick_dtype(settings.run.precision, device)
+    images = torch.randn(settings.loader.batch_size, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    labels = torch.arange(len(images), device=device) % settings.model.classes
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(rounds + 2):
+        for count, way in enumerate(WAYS):
+            clock = Clock(device)
+            with parts(count), clock.lane("step"):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+                loss.backward()
+            model.zero_grad()
+            if turn > 1:    # the first builds kernels, the second fills the allocator
+                seconds[way].append(clock.seconds("step"))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--side", type=int, default=0, help="side of the images, pixels (default: the recipe's)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each way, in turns (default 9)")
+    parser.add_argument("--out", help="folder for parts.json; none is written without it")
+    settings, own = config.parse(sys.argv[1:], parser)
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
+    device = runtime.pick_device(settings.run.device)
+    runtime.set_threads(settings.run.threads)
+    side = own.side or settings.model.image_size or 32
+    problems = [f"--rounds: got {own.rounds}, expected 1 and more"] if own.rounds < 1 else []
+    if problems:
+        raise runtime.UserError(*problems)
+    seconds = measure(settings, device, side, own.rounds)
+    first = statistics.median(seconds[WAYS[0]])
+    rows = [(way, f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})", f"{first / statistics.median(values):.2f}")
+            for way, values in seconds.items()]
+    print(report.table(("layers", "seconds of a step (fastest to slowest)", "times faster"), rows))
+    print(f"medians of {own.rounds} steps of {settings.loader.batch_size} images of {side} x {side} pixels, on {device}")
+    keep(own.out, "parts", settings.recipe, {"side": side, "rounds": own.rounds, "batch": settings.loader.batch_size, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
