@@ -27,6 +27,16 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def take_wide_vectors() -> None:
+    """Let numba use the CPU's widest vectors. To be called before it first compiles: it decides then, for the whole process.
+
+    LLVM prefers 256 of 512 bits, for CPUs that slow down with wider vectors; those with matrix units do not.
+    """
+    import numba
+    if numba.config.CPU_FEATURES is None and has_matrix_units():
+        numba.config.CPU_FEATURES = numba.core.codegen.get_host_cpu_features() + ",-prefer-256-bit"
+
+
 @cache
 def kernels() -> SimpleNamespace | None:
     """The passes of seresnet/kernels.py by name, in as many threads as torch has, ready to run. None where numba is missing or does not
@@ -39,9 +49,7 @@ def kernels() -> SimpleNamespace | None:
         import numba
         if numba.config.DISABLE_JIT:
             return None
-        if numba.config.CPU_FEATURES is None and has_matrix_units():
-            # LLVM prefers vectors of 256 bits, for CPUs that slow down with wider ones; those with matrix units do not
-            numba.config.CPU_FEATURES = numba.core.codegen.get_host_cpu_features() + ",-prefer-256-bit"
+        take_wide_vectors()
         from seresnet import kernels as source
     except ImportError:
         return None

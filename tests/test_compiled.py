@@ -26,6 +26,20 @@ def test_it_runs_in_as_many_threads_as_torch_has_and_leaves_torch_its_number():
     assert done.stdout.split() in (["False", "1", "1"], ["True", "1", str(os.cpu_count())]), done.stdout    # True: not here
 
 
+@pytest.mark.parametrize("first", ["compiled.kernels()", "runtime.import_ffcv()"])
+def test_a_cpu_with_matrix_units_gets_wide_vectors_whoever_compiles_first(first):
+    pytest.importorskip("ffcv")
+    code = f"""if True:
+        from seresnet import compiled, runtime
+        compiled.has_matrix_units = lambda: True
+        {first}
+        compiled.kernels()
+        from numba.core.registry import cpu_target
+        print(cpu_target.target_context.codegen().magic_tuple()[-1])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.strip().endswith(",-prefer-256-bit"), done.stderr + done.stdout
+
+
 @pytest.mark.parametrize("fault, works", [("disk", True), ("jit", False), ("layer", False)])
 def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch):
     numba = pytest.importorskip("numba")
