@@ -1,8 +1,9 @@
 """What the CPU's own parts of a step are worth: python -m benchmarks.parts --config-file rn_configs/se94.yaml [--side 28] [--out DIR]
 
 A step of the recipe's net on random images, forwards and backwards without the optimizer: with torch's own layers, and with the
-project's parts added one after the other, in turns (the gradient of squeeze-and-excitation's mean is its own throughout). Each part says itself where it applies (seresnet/conv.py, pool.py, norm.py): on a
-GPU, in float32 or without AMX some or all of them make no difference.
+project's parts added one after the other, in turns (the gradient of squeeze-and-excitation's mean is its own throughout). Each part
+says itself where it applies (seresnet/conv.py, pool.py, norm.py): on a GPU, in float32 or without AMX some or all of them make no
+difference.
 """
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def measure(settings, device, side: int, rounds: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     model = loop.build_model(settings).to(device, memory_format=torch.channels_last)
     dtype = runtime.pick_dtype(settings.run.precision, device)
-    images = torch.randn(settings.loader.batch_size, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(settings.loader.batch_size, 3, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     labels = torch.arange(len(images), device=device) % settings.model.classes
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(rounds + 2):

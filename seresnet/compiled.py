@@ -13,7 +13,7 @@ LEAST = 1 << 20    # elements from which loading the compiled code, some tenths 
 def worth_it(x: torch.Tensor) -> bool:
     """Whether compiled passes may take x (B, C, H, W): part of a training in bfloat16 on a CPU, channels-last, and large."""
     return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.numel() >= max(1, LEAST)
-            and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling() and kernels() is not None)
+            and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling() and passes() is not None)
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -28,7 +28,7 @@ def has_matrix_units() -> bool:
 
 
 def take_wide_vectors() -> None:
-    """Let numba use the CPU's widest vectors. To be called before it first compiles: it decides then, for the whole process.
+    """Let numba use the CPU's widest vectors. To be called before anything is decorated for it: it decides then, for the whole process.
 
     LLVM prefers 256 of 512 bits, for CPUs that slow down with wider vectors; those with matrix units do not.
     """
@@ -38,7 +38,7 @@ def take_wide_vectors() -> None:
 
 
 @cache
-def kernels() -> SimpleNamespace | None:
+def passes() -> SimpleNamespace | None:
     """The passes of seresnet/kernels.py by name, in as many threads as torch has, ready to run. None where numba is missing or does not
     work, and where its threads are of the kind that may not be started from several Python threads at once, as FFCV's reader and a
     training would.
@@ -50,8 +50,8 @@ def kernels() -> SimpleNamespace | None:
         if numba.config.DISABLE_JIT:
             return None
         take_wide_vectors()
-        from seresnet import kernels as source
-    except ImportError:
+        from seresnet import kernels
+    except Exception:    # not there, or broken, in whatever way: torch can do all that is done here
         return None
 
     def threaded(function):
@@ -62,15 +62,15 @@ def kernels() -> SimpleNamespace | None:
             function(*arrays)
         return call
 
-    functions = (source.pool, source.unpool, source.sums, source.activate, source.gradient_sums, source.gradients)
-    for keep in (True, False):    # a cache that cannot be written is no reason to do without
+    functions = (kernels.pool, kernels.unpool, kernels.sums, kernels.activate, kernels.gradient_sums, kernels.gradients)
+    for keep in (True, False):    # a cache that cannot be written, or read, is no reason to do without
         try:
-            passes = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
-                                        for function in functions})
-            _try(passes)
-        except (RuntimeError, OSError, numba.core.errors.NumbaError):
+            found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
+                                       for function in functions})
+            _try(found)
+            return found if numba.threading_layer() in ("omp", "tbb") else None
+        except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
             continue
-        return passes if numba.threading_layer() in ("omp", "tbb") else None
     return None
 
 

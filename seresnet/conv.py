@@ -1,17 +1,18 @@
-"""Convolutions: torch's, with faster gradients where images are small and the CPU has matrix units."""
+"""Convolutions: torch's, trained faster where images are small and the CPU has matrix units."""
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from seresnet.compiled import has_matrix_units
 
 ROW = 32               # pixels that a matrix unit (AMX, bfloat16) sums over at once
 LARGEST_PERIOD = 14    # two of 14 nearly fill a row; laying wider images side by side costs more than it saves
-LONG_ROW = 64          # pixels for which a kernel reads the weights once, where all of a convolution is computed side by side:
-SMALL, SMALL_BESIDE_WEIGHTS = 4, 7    # up to so many pixels a side it pays, with few weights and with more than
-MANY_WEIGHTS = 1 << 20                # these, 2 MB, more than a core's cache holds
+LONG_ROW = 64          # pixels in a row where all of a convolution is computed side by side: the weights are read once a row
+NARROW = 4             # pixels of width up to which that pays with any number of weights
+MANY_WEIGHTS, NARROW_WITH_MANY = 1 << 20, 7    # with more than 2 MB of them, more than a core's cache holds, up to here
 
 
 class Conv2d(nn.Conv2d):
@@ -45,16 +46,23 @@ class ConvBeforePool(Conv2d):
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
-    """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), and by _SideBySide where that trains faster."""
+    """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), and by SideBySide or SideBySideThroughout where that trains faster."""
     trains = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_matrix_units():
-        if weight.shape[2:] == (3, 3) and stride == 1 and padding in (0, 1) and x.shape[3] + padding <= LARGEST_PERIOD:
-            throughout = padding == 1 and x.shape[3] <= (SMALL_BESIDE_WEIGHTS if weight.numel() > MANY_WEIGHTS else SMALL)
-            return (_SideBySideThroughout if throughout else _SideBySide).apply(x, weight.to(x.dtype), padding)
+        way = faster_way(x.shape[3], weight, stride, padding)
+        if way:
+            return way.apply(x, weight.to(x.dtype), padding)
     return F.conv2d(x, weight, None, stride, padding)
 
 
-class _SideBySide(torch.autograd.Function):
+def faster_way(width: int, weight: torch.Tensor, stride: int, padding: int) -> type[torch.autograd.Function] | None:
+    """How images of `width` pixels are convolved faster in training, on a CPU with matrix units: measured by benchmarks/convolutions.py."""
+    if weight.shape[2:] != (3, 3) or stride != 1 or padding not in (0, 1) or width + padding > LARGEST_PERIOD:
+        return None
+    return SideBySideThroughout if padding == 1 and width <= (NARROW_WITH_MANY if weight.numel() > MANY_WEIGHTS else NARROW) else SideBySide
+
+
+class SideBySide(torch.autograd.Function):
     """3x3 convolution whose gradient by the weights takes several images as one wide one.
 
     That gradient sums over pixels, and oneDNN's kernel for matrix units sums over a row of one image at a time: a row of six
@@ -79,7 +87,7 @@ class _SideBySide(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-class _SideBySideThroughout(torch.autograd.Function):
+class SideBySideThroughout(torch.autograd.Function):
     """3x3 convolution, padded by one, that takes several images as one wide one forwards and for both gradients.
 
     oneDNN reads all weights for every row of an image: with 384 channels they are 2.7 MB, more than a core's cache, and three or
@@ -95,6 +103,7 @@ class _SideBySideThroughout(torch.autograd.Function):
         return apart(F.conv2d(rows, weight, padding=1), *ctx.layout)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         rows, weight = ctx.saved_tensors
         gradient = side_by_side(gradient, *ctx.layout[1:], 0)

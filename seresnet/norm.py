@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from seresnet.compiled import bits, kernels, worth_it
+from seresnet.compiled import bits, passes, worth_it
 
 ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
 
@@ -14,13 +14,15 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
               shortcut: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
     """activation(gate(norm(x)) + scale * shortcut), without the gate or the shortcut where there is none.
 
-    x, shortcut, result: (B, C, H, W). gate: a SqueezeExcitation.
+    x, shortcut, result: (B, C, H, W). gate: a SqueezeExcitation. In few passes neither the layers' own hooks nor those of the gate
+    are called.
     """
-    if (worth_it(x) and norm.training and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
-            and norm.momentum is not None and x.shape[0] * x.shape[2] * x.shape[3] > 1
+    if (type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+            and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
             and type(activation) is nn.GELU and activation.approximate == "none"
-            and (shortcut is None or scale != 0 and shortcut.dtype == x.dtype and shortcut.is_contiguous(memory_format=torch.channels_last))):
-        return _Normalise.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
+            and (shortcut is None or abs(scale) > 1e-30 and shortcut.dtype == x.dtype and shortcut.shape == x.shape
+                 and shortcut.is_contiguous(memory_format=torch.channels_last)) and worth_it(x)):
+        return _FewPasses.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
     x = norm(x)
     if gate is not None:
         x = gate(x)
@@ -29,7 +31,7 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     return activation(x)
 
 
-class _Normalise(torch.autograd.Function):
+class _FewPasses(torch.autograd.Function):
     """`normalise` of a training with GELU, in two passes over memory forwards and two backwards. Both ways together that is 8 reads and
     writes of x's size instead of the 13 of layer by layer, and with gate and shortcut 12 instead of 33.
 
@@ -44,7 +46,7 @@ class _Normalise(torch.autograd.Function):
         count = images * pixels
         total, squares = (torch.empty(images if gate else min(ROWS, images), x.shape[1]) for _ in range(2))
         pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
-        kernels().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
+        passes().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
         shift = total.sum(0, dtype=torch.float64) / count
         variance = (squares.sum(0, dtype=torch.float64) / count - shift.square()).clamp_(min=0)
         mean, deviation = (pivot + shift).float(), (variance + norm.eps).rsqrt().float()
@@ -64,7 +66,7 @@ class _Normalise(torch.autograd.Function):
             ctx.gating = from_mean, mean_of_image, gates
         y = torch.empty_like(x)
         ctx.scale = scale if shortcut is not None else 0.0
-        kernels().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale, _flat(y))
+        passes().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale, _flat(y))
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
         return y
 
@@ -76,7 +78,7 @@ class _Normalise(torch.autograd.Function):
         count, factor = images * pixels, weight * deviation
         seen = (_flat(gradient), _flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale)
         total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1]) for _ in range(2))
-        kernels().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
+        passes().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
         by_back, by_image, of_parameters = factor[None], 0.0, [None] * len(of_gate)
         if ctx.gating:
             from_mean, mean_of_image, gates = ctx.gating
@@ -93,7 +95,7 @@ class _Normalise(torch.autograd.Function):
         constant = factor * (by_image - of_bias / count) - of_value * mean
         of_x = torch.empty_like(x)
         of_shortcut = None if shortcut is None else torch.empty_like(shortcut)
-        kernels().gradients(*seen, of_value.numpy(), constant.expand_as(by_back).contiguous().numpy(), by_back.numpy(), _flat(of_x),
+        passes().gradients(*seen, of_value.numpy(), constant.expand_as(by_back).contiguous().numpy(), by_back.numpy(), _flat(of_x),
                             _flat(of_x if shortcut is None else of_shortcut))
         return None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
 

@@ -39,8 +39,8 @@ def taken(monkeypatch):
 def test_gradients_are_those_of_float64(many_weights, count, padding, height, width, matrix_units, taken, monkeypatch):
     """Of counts that fill rows, and of such that leave a rest; the same within bfloat16's rounding."""
     monkeypatch.setattr(conv, "MANY_WEIGHTS", 0 if many_weights else 1 << 20)
-    throughout, apply = [], conv._SideBySideThroughout.apply
-    monkeypatch.setattr(conv._SideBySideThroughout, "apply", lambda *args: throughout.append(args) or apply(*args))
+    throughout, apply = [], conv.SideBySideThroughout.apply
+    monkeypatch.setattr(conv.SideBySideThroughout, "apply", lambda *args: throughout.append(args) or apply(*args))
     x, weight = tensors(count, 5, 7, height, width)
     output = conv.convolve(x, weight, stride=1, padding=padding)
     got = gradients(output, x, weight)
@@ -69,6 +69,13 @@ def test_apart_undoes_side_by_side(count, row):
     images = torch.randn(count, 5, 3, 6).to(memory_format=torch.channels_last)
     again = conv.apart(conv.side_by_side(images, row, 7, 0), count, row, 7)
     assert torch.equal(again, images) and (count == 0 or again.is_contiguous(memory_format=torch.channels_last))
+
+
+def test_a_second_derivative_is_refused_not_wrong(matrix_units):
+    x, weight = tensors(4, 3, 3, 4, 4)
+    of_weight, = torch.autograd.grad(conv.convolve(x, weight, 1, 1).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        of_weight.sum().backward()
 
 
 def test_the_gradient_of_a_frozen_weight_or_input_is_not_computed(matrix_units, taken):

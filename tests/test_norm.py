@@ -12,11 +12,11 @@ from seresnet.model import SEResNet, SqueezeExcitation
 @pytest.fixture
 def always(monkeypatch):
     """Small batches take the compiled way, too; the calls of it."""
-    if compiled.kernels() is None:
+    if compiled.passes() is None:
         pytest.skip("no numba here whose threads could be used")
-    calls, apply = [], norm._Normalise.apply
+    calls, apply = [], norm._FewPasses.apply
     monkeypatch.setattr(compiled, "LEAST", 0)
-    monkeypatch.setattr(norm._Normalise, "apply", lambda *args: calls.append(args) or apply(*args))
+    monkeypatch.setattr(norm._FewPasses, "apply", lambda *args: calls.append(args) or apply(*args))
     return calls
 
 
@@ -88,13 +88,15 @@ def test_a_channel_that_is_constant_is_normalised_to_its_shift(always):
     assert of_x.isfinite().all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_bits_do_not_depend_on_threads(threads, always):
+def test_bits_do_not_depend_on_threads(always):
+    import numba
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one core")
     x, shortcut = images(70, 16, 5, 5, seed=0), images(70, 16, 5, 5, seed=2)
     before = torch.get_num_threads()
     results = []
     try:
-        for count in (threads, 1):
+        for count in (2, 1):
             torch.set_num_threads(count)
             results.append([train(x, shortcut, gated) for gated in (False, True)])
     finally:
@@ -117,17 +119,28 @@ def test_what_is_frozen_gets_no_gradient_and_a_graph_may_be_walked_twice(always)
         assert once.abs().max() > 0 and torch.allclose(twice.grad.float(), 2 * once.float())
 
 
+def test_a_shortcut_of_another_shape_is_refused_as_torch_refuses_it(always):
+    with pytest.raises(RuntimeError, match="must match the size"):
+        norm.normalise(images(5, 6, 4, 4, seed=0).requires_grad_(), nn.BatchNorm2d(6), nn.GELU(), None, images(5, 6, 3, 3, seed=1), 0.3)
+    assert not always
+
+
+def test_numba_is_not_loaded_for_what_it_cannot_do(always, monkeypatch):
+    monkeypatch.setattr(compiled, "passes", lambda: pytest.fail("loaded"))
+    norm.normalise(images(5, 6, 4, 4, seed=0).requires_grad_(), nn.BatchNorm2d(6), nn.ReLU())
+
+
 class Other(nn.BatchNorm2d):
     """Such as the one that several processes share."""
 
 
 @pytest.mark.parametrize("why", ["float32", "evaluation", "no gradient is wanted", "channels first", "a shortcut laid out otherwise",
                                  "another activation", "gelu by tanh", "another normalisation", "no scale and shift", "no running statistics",
-                                 "a cumulative average", "little", "no numba"])
+                                 "a cumulative average", "little", "no numba", "bfloat16 throughout"])
 def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
     layer = {"another normalisation": Other(6), "no scale and shift": nn.BatchNorm2d(6, affine=False),
              "no running statistics": nn.BatchNorm2d(6, track_running_stats=False),
-             "a cumulative average": nn.BatchNorm2d(6, momentum=None)}.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
+             "a cumulative average": nn.BatchNorm2d(6, momentum=None), "bfloat16 throughout": nn.BatchNorm2d(6).bfloat16()}.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
     activation = {"another activation": nn.SiLU(), "gelu by tanh": nn.GELU("tanh")}.get(why, nn.GELU())
     x = images(5, 6, 4, 4, seed=0, dtype=torch.float32 if why == "float32" else torch.bfloat16)
     x = (x.contiguous() if why == "channels first" else x).requires_grad_(why != "no gradient is wanted")
@@ -135,7 +148,7 @@ def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
     if why == "little":
         monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
     if why == "no numba":
-        monkeypatch.setattr(compiled, "kernels", lambda: None)
+        monkeypatch.setattr(compiled, "passes", lambda: None)
     expected = copy.deepcopy(layer)(x)
     expected = activation(expected if shortcut is None else torch.add(expected, shortcut, alpha=0.3))
     assert torch.equal(norm.normalise(x, layer, activation, None, shortcut, 0.3), expected) and not always

@@ -9,7 +9,7 @@ from seresnet import compiled, pool
 @pytest.fixture
 def always(monkeypatch):
     """Small batches take the compiled way, too; the calls of it."""
-    if compiled.kernels() is None:
+    if compiled.passes() is None:
         pytest.skip("no numba here whose threads could be used")
     calls, apply = [], pool._MaxPool2x2.apply
     monkeypatch.setattr(compiled, "LEAST", 0)
@@ -76,7 +76,7 @@ def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
     monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
     pool.MaxPool2x2()(x)
     monkeypatch.setattr(compiled, "LEAST", 0)
-    monkeypatch.setattr(compiled, "kernels", lambda: None)
+    monkeypatch.setattr(compiled, "passes", lambda: None)
     pool.MaxPool2x2()(x)
     assert not always
 
