@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
@@ -36,7 +35,8 @@ def measure(settings, device, side: int, rounds: int) -> dict[str, list[float]]:
 
     from seresnet import loop
     from seresnet.clock import Clock
-    settings = replace(settings, model=replace(settings.model, classes=settings.model.classes or 10, image_size=settings.model.image_size or side))
+    net = settings.model
+    settings = replace(settings, model=replace(net, classes=net.classes or 10, image_size=net.image_size or side))
     torch.manual_seed(0)
     model = loop.build_model(settings).to(device, memory_format=torch.channels_last)
     dtype = runtime.pick_dtype(settings.run.precision, device)
@@ -62,14 +62,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each way, in turns (default 9)")
     parser.add_argument("--out", help="folder for parts.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
+    problems = [f"--{name}: got {value}, expected {least} and more"
+                for name, value, least in (("rounds", own.rounds, 1), ("side", own.side, 0)) if value < least]
+    if problems:
+        raise runtime.UserError(*problems)
     if settings.run.tune_allocator:
         runtime.tune_allocator(settings.run.device)
     device = runtime.pick_device(settings.run.device)
     runtime.set_threads(settings.run.threads)
     side = own.side or settings.model.image_size or 32
-    problems = [f"--rounds: got {own.rounds}, expected 1 and more"] if own.rounds < 1 else []
-    if problems:
-        raise runtime.UserError(*problems)
     seconds = measure(settings, device, side, own.rounds)
     first = statistics.median(seconds[WAYS[0]])
     rows = [(way, f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})", f"{first / statistics.median(values):.2f}")

@@ -21,6 +21,11 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().view(torch.int16).numpy()
 
 
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """The bits of images (B, C, H, W) as an array (B, H, W, C): the same memory where that is channels-last, a copy elsewhere."""
+    return bits(images.permute(0, 2, 3, 1).contiguous())
+
+
 @cache
 def has_matrix_units() -> bool:
     """Whether the CPU has AMX tiles, with which torch convolves in bfloat16."""

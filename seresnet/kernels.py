@@ -70,6 +70,12 @@ def gelu_slope(u):
     return HALF + u * (S0 + v * (S1 + v * (S2 + v * (S3 + v * (S4 + v * (S5 + v * (S6 + v * (S7 + v * S8))))))))
 
 
+@numba.njit(inline="always", fastmath={"contract"})
+def before_gelu(value, a, d, share, shortcut):
+    """What GELU is taken of, of one value of x and the bits of its shortcut."""
+    return a * value + d + share * widen(shortcut)
+
+
 def pool(x, pooled, taken):
     """The greatest of each 2x2 pixels of x (B, H, W, C) into pooled (B, H // 2, W // 2, C), and which of the four into taken."""
     count, tall, wide, channels = pooled.shape
@@ -127,7 +133,7 @@ def activate(x, shortcut, a, d, scale, y):
         row = image % len(a)
         for p in range(pixels):
             for c in range(channels):
-                u = a[row, c] * widen(x[image, p, c]) + d[row, c] + share * widen(shortcut[image, p, c])
+                u = before_gelu(widen(x[image, p, c]), a[row, c], d[row, c], share, shortcut[image, p, c])
                 y[image, p, c] = narrow(u * normal_share(u))
 
 
@@ -144,7 +150,7 @@ def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
             for p in range(pixels):
                 for c in range(channels):
                     value = widen(x[image, p, c])
-                    u = a[own, c] * value + d[own, c] + share * widen(shortcut[image, p, c])
+                    u = before_gelu(value, a[own, c], d[own, c], share, shortcut[image, p, c])
                     back = widen(gradient[image, p, c]) * gelu_slope(u)
                     total[row, c] += back
                     product[row, c] += back * (value - mean[c])
@@ -159,7 +165,7 @@ def gradients(gradient, x, shortcut, a, d, scale, of_value, constant, by_back, o
         for p in range(pixels):
             for c in range(channels):
                 value = widen(x[image, p, c])
-                u = a[row, c] * value + d[row, c] + share * widen(shortcut[image, p, c])
+                u = before_gelu(value, a[row, c], d[row, c], share, shortcut[image, p, c])
                 back = widen(gradient[image, p, c]) * gelu_slope(u)
                 of_x[image, p, c] = narrow(by_back[row, c] * back + of_value[c] * value + constant[row, c])
                 if share != 0:

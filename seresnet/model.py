@@ -102,14 +102,15 @@ class ResidualBlock(nn.Module):
         self.last_norm: nn.BatchNorm2d = layers[-1]
         if se_reduction:
             layers.append(SqueezeExcitation(c_out, se_reduction))
-        self.branch = Layers(*layers)
+        self.branch = nn.Sequential(*layers)
         self.shortcut = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
             Conv2d(c_in, c_out, shortcut_kernel, stride), nn.BatchNorm2d(c_out))
         self.activation = activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        *layers, last = self.branch
-        gate, norm = (last, layers.pop()) if isinstance(last, SqueezeExcitation) else (None, last)
+        layers = list(self.branch)
+        gate = layers.pop() if isinstance(layers[-1], SqueezeExcitation) else None
+        norm = layers.pop()
         return normalise(through(layers, x), norm, self.activation, gate, self.shortcut(x), self.shortcut_scale)
 
 

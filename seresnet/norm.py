@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from seresnet.compiled import bits, passes, worth_it
+from seresnet.compiled import passes, pixels, worth_it
 
+LEAST_SCALE = 1e-30    # of a shortcut: in the passes, which count in float32, a scale of 0 says that there is none
 ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
 
 
@@ -20,7 +21,7 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     if (type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
             and type(activation) is nn.GELU and activation.approximate == "none"
-            and (shortcut is None or abs(scale) > 1e-30 and shortcut.dtype == x.dtype and shortcut.shape == x.shape
+            and (shortcut is None or abs(scale) > LEAST_SCALE and shortcut.dtype == x.dtype and shortcut.shape == x.shape
                  and shortcut.is_contiguous(memory_format=torch.channels_last)) and worth_it(x)):
         return _FewPasses.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
     x = norm(x)
@@ -42,8 +43,8 @@ class _FewPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
-        images, pixels = len(x), x.shape[2] * x.shape[3]
-        count = images * pixels
+        images, size = len(x), x.shape[2] * x.shape[3]
+        count = images * size
         total, squares = (torch.empty(images if gate else min(ROWS, images), x.shape[1]) for _ in range(2))
         pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
         passes().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
@@ -58,7 +59,7 @@ class _FewPasses(torch.autograd.Function):
         a, d = factor[None], (bias - mean * factor)[None]
         ctx.gating = None
         if gate:
-            from_mean = total / pixels + (pivot - mean)    # of each image
+            from_mean = total / size + (pivot - mean)    # of each image
             mean_of_image = from_mean * factor + bias
             with torch.enable_grad():
                 gates = gate.gate(mean_of_image.requires_grad_())
@@ -74,8 +75,8 @@ class _FewPasses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
-        images, pixels = len(x), x.shape[2] * x.shape[3]
-        count, factor = images * pixels, weight * deviation
+        images, size = len(x), x.shape[2] * x.shape[3]
+        count, factor = images * size, weight * deviation
         seen = (_flat(gradient), _flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale)
         total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1]) for _ in range(2))
         passes().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
@@ -88,7 +89,7 @@ class _FewPasses(torch.autograd.Function):
             for i, of_parameter in zip(wanted, found):
                 of_parameters[i] = of_parameter
             gates = gates.detach().float()
-            by_back, by_image = gates * factor, of_mean / pixels
+            by_back, by_image = gates * factor, of_mean / size
             total, product = gates * total + of_mean, gates * product + of_mean * from_mean
         of_bias, of_weight = (sums.sum(0, dtype=torch.float64).float() for sums in (total, product * deviation))
         of_value = -factor * deviation * of_weight / count
@@ -101,5 +102,5 @@ class _FewPasses(torch.autograd.Function):
 
 
 def _flat(images: torch.Tensor):
-    """(B, C, H, W) as an array of bits (B, H * W, C), the same memory where that is channels-last."""
-    return bits(images.permute(0, 2, 3, 1).contiguous()).reshape(len(images), -1, images.shape[1])
+    """`pixels` in a row: (B, C, H, W) as an array of bits (B, H * W, C)."""
+    return pixels(images).reshape(len(images), -1, images.shape[1])

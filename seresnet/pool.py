@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from seresnet.compiled import bits, passes, worth_it
+from seresnet.compiled import bits, passes, pixels, worth_it
 
 
 class MaxPool2x2(nn.MaxPool2d):
@@ -31,7 +31,7 @@ class _MaxPool2x2(torch.autograd.Function):
         count, channels, height, width = ctx.shape = x.shape
         pooled = x.new_empty(count, height // 2, width // 2, channels)
         ctx.taken = torch.empty(pooled.shape, dtype=torch.uint8)
-        passes().pool(bits(x.permute(0, 2, 3, 1)), bits(pooled), ctx.taken.numpy())
+        passes().pool(pixels(x), bits(pooled), ctx.taken.numpy())
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -39,5 +39,5 @@ class _MaxPool2x2(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         count, channels, height, width = ctx.shape
         spread = gradient.new_empty(count, height, width, channels)
-        passes().unpool(bits(gradient.permute(0, 2, 3, 1).contiguous()), ctx.taken.numpy(), bits(spread))
+        passes().unpool(pixels(gradient), ctx.taken.numpy(), bits(spread))
         return spread.permute(0, 3, 1, 2)

@@ -569,7 +569,9 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX), so that bf16 is faster than fp32 on it."""
     import torch
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+    from seresnet.compiled import has_matrix_units
+    return torch.cpu._is_avx512_bf16_supported() or has_matrix_units()
 
 
 def stream_seed(*parts: int) -> int:
@@ -584,13 +586,15 @@ def stream_seed(*parts: int) -> int:
 def describe_machine() -> dict[str, str | int]:
     """What a figure was measured on: processor, cores, memory, GPU, system."""
     import torch
+
+    from seresnet.compiled import has_matrix_units
     facts: dict[str, str | int] = {"system": platform.platform(), "processor": _processor_name(),
                                    "cores": available_cores(), "torch_threads": torch.get_num_threads()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    facts["cpu_bf16"] = ("AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512") if cpu_has_bf16() else "none"
+    facts["cpu_bf16"] = ("AMX" if has_matrix_units() else "AVX-512") if cpu_has_bf16() else "none"
     facts["allocator"] = allocator_state()
     return facts
 

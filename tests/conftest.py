@@ -150,3 +150,25 @@ def run(tmp_path_factory):
     outcome = loop.fit(settings, ["a test"])
     assert outcome["accuracy_tta"] > 0.6
     return root / "run", test, outcome
+
+
+@pytest.fixture
+def numba_passes():
+    """The compiled passes, seresnet/compiled.py; without them the test skips."""
+    from seresnet import compiled
+    if compiled.passes() is None:
+        pytest.skip("no numba here whose threads could be used")
+    return compiled.passes()
+
+
+@pytest.fixture
+def calls_of(numba_passes, monkeypatch):
+    """Small batches take the compiled way, too; calls_of(function) is the list of what that autograd function is called with."""
+    from seresnet import compiled
+
+    def watch(function):
+        calls, apply = [], function.apply
+        monkeypatch.setattr(function, "apply", lambda *arguments: calls.append(arguments) or apply(*arguments))
+        return calls
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    return watch

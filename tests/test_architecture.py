@@ -15,7 +15,8 @@ LAYERS = [{"kernels"}, {"compiled"}, {"runtime", "clock", "conv", "norm", "pool"
           {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift", "synced", "ranks"}, {"cifar"},
           {"sources"}, {"beton"}, {"loader", "checkpoint", "pictures", "inputs"}, {"report", "trained"},
           {"evaluate", "predict", "export", "doctor"}, {"loop"}, {"preview"}]
-TORCH_ONLY = {"augment", "conv", "norm", "pool", "model", "loss", "optim", "clock", "tta", "synced"}    # and each other: stages with plain arguments
+# and each other: stages with plain arguments
+TORCH_ONLY = {"augment", "conv", "norm", "pool", "model", "loss", "optim", "clock", "tta", "synced"}
 DOORS = {"fastargs": {"config"}, "ffcv": {"loader", "runtime"}, "torchvision": {"runtime", "cifar"}, "pyarrow": {"sources"},
          "matplotlib": {"pictures"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"},
          "onnxruntime": {"export"}, "numba": {"loader", "runtime", "compiled", "kernels"}}

@@ -40,10 +40,8 @@ def test_a_cpu_with_matrix_units_gets_wide_vectors_whoever_compiles_first(first)
 
 
 @pytest.mark.parametrize("fault, works", [("disk", True), ("damaged", True), ("jit", False), ("layer", False), ("setting", False), ("library", False)])
-def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch):
-    numba = pytest.importorskip("numba")
-    if compiled.passes() is None:
-        pytest.skip("no numba here whose threads could be used")
+def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch, numba_passes):
+    import numba
     njit = numba.njit
 
     def failing(error):
@@ -73,9 +71,7 @@ def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch
 
 
 @pytest.fixture
-def source():
-    if compiled.passes() is None:
-        pytest.skip("no numba here whose threads could be used")
+def source(numba_passes):
     from seresnet import kernels
     return kernels
 

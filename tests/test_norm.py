@@ -10,14 +10,8 @@ from seresnet.model import SEResNet, SqueezeExcitation
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Small batches take the compiled way, too; the calls of it."""
-    if compiled.passes() is None:
-        pytest.skip("no numba here whose threads could be used")
-    calls, apply = [], norm._FewPasses.apply
-    monkeypatch.setattr(compiled, "LEAST", 0)
-    monkeypatch.setattr(norm._FewPasses, "apply", lambda *args: calls.append(args) or apply(*args))
-    return calls
+def always(calls_of):
+    return calls_of(norm._FewPasses)
 
 
 def layers(channels, gated, momentum=0.4):
@@ -140,7 +134,8 @@ class Other(nn.BatchNorm2d):
 def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
     layer = {"another normalisation": Other(6), "no scale and shift": nn.BatchNorm2d(6, affine=False),
              "no running statistics": nn.BatchNorm2d(6, track_running_stats=False),
-             "a cumulative average": nn.BatchNorm2d(6, momentum=None), "bfloat16 throughout": nn.BatchNorm2d(6).bfloat16()}.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
+             "a cumulative average": nn.BatchNorm2d(6, momentum=None), "bfloat16 throughout": nn.BatchNorm2d(6).bfloat16()}
+    layer = layer.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
     activation = {"another activation": nn.SiLU(), "gelu by tanh": nn.GELU("tanh")}.get(why, nn.GELU())
     x = images(5, 6, 4, 4, seed=0, dtype=torch.float32 if why == "float32" else torch.bfloat16)
     x = (x.contiguous() if why == "channels first" else x).requires_grad_(why != "no gradient is wanted")
