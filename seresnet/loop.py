@@ -572,7 +572,8 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     config, epochs = session.config, session.config.loop.epochs
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
-    network = torch.compile(network) if config.run.compile else network
+    if config.run.compile:
+        network = torch.compile(network, dynamic=False)    # one graph for each of few sides: one for all of them is compiled for none
     result = None
     with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
         keeper = Keeper(session, folder, clock, stop, state)

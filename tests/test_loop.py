@@ -97,6 +97,21 @@ def test_both_loader_modes_train_the_same_weights(betons, tmp_path):
     assert weights_hash(folder_of(tmp_path / "stream")) == weights_hash(folder_of(tmp_path / "resident"))
 
 
+@pytest.mark.parametrize("settings", [
+    {}, {"model__downsample": "pool", "model__stem": "whiten", "model__activation": "gelu", "optim__name": "muon", "loop__hardest": [1, 0.5]}])
+def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_path, monkeypatch, settings):
+    """By torch's tracer, without the compiler behind it: that takes a minute, and is torch's own."""
+    settings = {"augment__sides": [12, 16], "run__precision": "fp32", "loop__epochs": 2, **settings}
+    plain = train(betons, tmp_path / "plain", **settings)
+    traced, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **how: traced.append(how) or whole(net, backend="aot_eager", fullgraph=True, **how))
+    compiled = train(betons, tmp_path / "compiled", run__compile=True, **settings)
+    assert traced == [{"dynamic": False}]
+    losses = [[line["train_loss"] for line in logged(folder_of(tmp_path / name))] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-2)
+
+
 def test_the_saved_weights_are_the_evaluated_ones(betons, tmp_path):
     outcome = train(betons, tmp_path, evaluate__tta="flip")
     saved = checkpoint.load(folder_of(tmp_path) / "weights.pt")
