@@ -8,6 +8,7 @@ from a hash of the sample index), so a batch depends on its arguments alone. No 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -96,13 +97,13 @@ def random_shifts(count: int, most: int, generator: torch.Generator) -> torch.Te
 def random_centres(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """int64 (count, 2) of (row, column), uniform over the image."""
     unit = torch.rand(count, 2, generator=generator, device=generator.device)
-    return (unit * unit.new_tensor([height, width])).long()
+    return (unit * _constants((height, width), unit)).long()
 
 
 def random_jitter(count: int, brightness: float, contrast: float, generator: torch.Generator) -> torch.Tensor:
     """float32 (count, 2) of (shift, factor), uniform in [-brightness, brightness] and [1 - contrast, 1 + contrast]."""
     unit = torch.rand(count, 2, generator=generator, device=generator.device) * 2 - 1
-    return unit * unit.new_tensor([brightness, contrast]) + unit.new_tensor([0.0, 1.0])
+    return unit * _constants((brightness, contrast), unit) + _constants((0.0, 1.0), unit)
 
 
 def random_amounts(count: int, most: float, generator: torch.Generator) -> torch.Tensor:
@@ -220,8 +221,20 @@ def _within(position: torch.Tensor, size: int) -> torch.Tensor:
 # units of a CPU idle (normalising was three times slower with it).
 
 def _row(values: Sequence[float], width: int, like: torch.Tensor) -> torch.Tensor:
-    """One value a channel, repeated along an image row: (W * 3,) of `like`'s dtype, on its device."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).repeat(width)
+    """One value a channel, repeated along an image row: (W * 3,) of `like`'s dtype, on its device. Not to be changed in place."""
+    return _constants(tuple(values), like, width)
+
+
+def _constants(values: tuple[float, ...], like: torch.Tensor, times: int = 1) -> torch.Tensor:
+    """`values`, `times` after one another, of `like`'s dtype, on its device. Not to be changed in place: they are kept."""
+    return _kept(values, times, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(values: tuple[float, ...], times: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Bringing numbers to a GPU waits until it has done all that was queued before: once a run is enough.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).repeat(times)
 
 
 def _box(rows: torch.Tensor, columns: torch.Tensor, channels: int) -> torch.Tensor:

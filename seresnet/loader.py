@@ -70,8 +70,8 @@ def holdout_split(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
 class BatchLoader:
     """Batches of a beton, an epoch at a time.
 
-    mode: `stream` reads through FFCV every epoch, for sets of any size; `resident` reads once (through FFCV, or through
-    beton.py where it is not installed) and keeps the pixels as uint8 on the device, batches being gathers from them; `auto`
+    mode: `stream` reads through FFCV every epoch, for sets of any size; `resident` reads once (raw pixels by beton.py, JPEGs through
+    FFCV where it is installed) and keeps the pixels as uint8 on the device, batches being gathers from them; `auto`
     keeps what fits into a quarter of the free memory, or anything where FFCV is missing. All modes yield the same batches
     for the same seed (but for JPEGs read without FFCV, see beton.read_images).
     of, shares: with several processes `batch_size` is theirs together, and divided by them; each gets every n-th sample of
@@ -180,7 +180,7 @@ class BatchLoader:
         """All samples of this process in the order of `indices`, on the device: pixels uint8 (N, H, W, 3), labels and indices
         int64 (N,)."""
         shape = len(self._here), self._beton.height, self._beton.width, 3
-        if not runtime.has_ffcv():
+        if self._beton.storage == "raw" or not runtime.has_ffcv():    # to copy pixels once, FFCV compiles ten times as long as it takes
             self._beton.check_unchanged()
             pixels = torch.from_numpy(read_images(self._beton, self._here)).to(self._device)
             return self._with_labels(pixels)

@@ -70,9 +70,9 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
                 group.update(orthogonal=orthogonal, momentum=momentum if orthogonal else sgd_momentum)
             groups.append(group)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, foreach=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), foreach=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
     if name == "muon":
         return Muon(groups, nesterov=nesterov)
     raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
@@ -82,7 +82,24 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` to follow it, step by step, as the exponential moving average of its parameters and buffers (Polyak and
     Juditsky, 1992, in the form of Tarvainen and Valpola, arXiv 1703.01780, section 2): over some 1 / (1 - decay) steps, the
     first of which it takes as it is. `follow` ties it to the optimizer."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return _Average(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class _Average(AveragedModel):
+    """torch's, but for its count of steps: that stays on the CPU and is not brought to the device at every step, which would wait
+    for it. The average of `multi_avg_fn` does not depend on it."""
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take `model` in."""
+        if not int(self.n_averaged):
+            return super().update_parameters(model)
+        tensors = ([tensor.detach() for tensor in (*net.parameters(), *net.buffers())] for net in (self.module, model))
+        pairs = list(zip(*tensors))
+        for floating in (True, False):
+            chosen = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+            if chosen:
+                self.multi_avg_fn(*map(list, zip(*chosen)), self.n_averaged)
+        self.n_averaged += 1
 
 
 def follow(average: AveragedModel, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

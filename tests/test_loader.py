@@ -196,16 +196,18 @@ def test_an_empty_pass_is_an_error(noise, settings, message):
         BatchLoader(noise[0], device=CPU, **settings)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_failing_pipeline_comes_out_within_five_seconds(noise, mode, monkeypatch):
+@pytest.mark.parametrize("mode, storage", [("stream", "raw"), ("stream", "jpeg"), ("resident", "jpeg")])
+def test_a_failing_pipeline_comes_out_within_five_seconds(tmp_path, make_split, mode, storage, monkeypatch):
     from ffcv.loader.epoch_iterator import EpochIterator
+    written = write_beton(tmp_path / "noise.beton", make_split(101, 8), classes=("a", "b", "c"), name="x", source="x", fingerprint="f",
+                          storage=storage)
     whole = EpochIterator.run_pipeline
 
     def fails(self, b_ix, *arguments):
         if b_ix == 3:
             raise RuntimeError("a broken decoder")
         return whole(self, b_ix, *arguments)
-    with BatchLoader(noise[0], batch_size=5, device=CPU, mode=mode) as batches:
+    with BatchLoader(written, batch_size=5, device=CPU, mode=mode) as batches:
         next(batches.epoch(0))    # compiled
         batches._resident = None
         monkeypatch.setattr(EpochIterator, "run_pipeline", fails)

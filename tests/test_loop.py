@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seresnet import checkpoint, loop, report, trained
+from seresnet.augment import PADDINGS
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
 from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
@@ -110,6 +112,46 @@ def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_
     losses = [[line["train_loss"] for line in logged(folder_of(tmp_path / name))] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-2)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps what would make a GPU's step wait: numbers read from tensors, sizes that depend on their content, tensors made of numbers."""
+
+    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique", "lift_fresh", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.kept_on_the_cpu = [], ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0].lstrip("_")
+        if any(name.startswith(wait.lstrip("_")) for wait in self.WAITS) and not any(args[0] is tensor for tensor in self.kept_on_the_cpu):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_no_step_but_an_epochs_first_waits_for_the_device(betons, tmp_path, name, padding):
+    """No GPU is needed for that: what waits for one are few operations, and they are called on a CPU, too."""
+    changes = {"optim.name": name, "optim.ema_decay": 0.9,
+               ("optim.clip_norm" if name == "sgd" else "optim.clip_value"): 1.0, "loop.hardest": [1, 0.5],
+               "augment.flip": "alternating", "augment.padding": padding, "augment.cutout": 4, "augment.brightness": 0.1,
+               "augment.contrast": 0.1, "augment.blur": 0.1, "augment.noise": 0.1, "augment.sides": [12], "model.dropout": 0.1,
+               "model.activation": "gelu", "loss.label_smoothing": 0.1, "loader.mode": "resident", "loop.epochs": 2}
+    config, data, model = loop.prepare(build({**SMALL, **betons, **changes}))
+    with loop.open_session(config, torch.device("cpu"), data, model) as session, Recorder() as recorder:
+        recorder.kept_on_the_cpu = (session.average.n_averaged,)
+        for epoch in range(2):
+            steps = []
+
+            def after_step(step, tally):
+                steps.append(list(recorder.seen))
+                recorder.seen.clear()
+            loop.train_epoch(session.model, session.batches(epoch), after_step=after_step, **session.parts(epoch))
+            assert len(steps) > 3 and not any(steps[1:]), steps
+        bool(torch.zeros(1))
+        assert recorder.seen, "the recorder sees what waits"
 
 
 def test_the_saved_weights_are_the_evaluated_ones(betons, tmp_path):
