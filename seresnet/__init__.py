@@ -1,4 +1,4 @@
-"""A small, accurate SE-ResNet on CIFAR-10 and other sets of small images, trained fast through FFCV.
+"""A small, accurate SE-ResNet on CIFAR-10 and other sets of small images, trained fast from FFCV files.
 
     from seresnet import load
     net = load("runs/X")

@@ -232,9 +232,9 @@ def _constants(values: tuple[float, ...], like: torch.Tensor, times: int = 1) ->
 
 @lru_cache(maxsize=256)
 def _kept(values: tuple[float, ...], times: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # Bringing numbers to a GPU waits until it has done all that was queued before: once a run is enough.
+    # Bringing numbers to a GPU waits until it has done all that was queued before: once a process is enough.
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device).repeat(times)
+        return torch.tensor(values, dtype=dtype).repeat(times).to(device)
 
 
 def _box(rows: torch.Tensor, columns: torch.Tensor, channels: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from seresnet.beton import Beton, read_images
 from seresnet.runtime import UserError
 
 RESIDENT_SHARE = 0.25    # of the free memory: what `auto` lets a resident set take
+PART = 1 << 14           # images that pass through main memory at once on their way to the device
 
 
 class LoaderError(UserError):
@@ -180,22 +181,25 @@ class BatchLoader:
         """All samples of this process in the order of `indices`, on the device: pixels uint8 (N, H, W, 3), labels and indices
         int64 (N,)."""
         shape = len(self._here), self._beton.height, self._beton.width, 3
-        if self._beton.storage == "raw" or not runtime.has_ffcv():    # to copy pixels once, FFCV compiles ten times as long as it takes
-            self._beton.check_unchanged()
-            pixels = torch.from_numpy(read_images(self._beton, self._here)).to(self._device)
-            return self._with_labels(pixels)
         pixels, filled = torch.empty(shape, dtype=torch.uint8, device=self._device), 0
-        for batch in self._stream.read(self._here):
-            pixels[filled:filled + len(batch.images)] = batch.images.permute(0, 2, 3, 1)
-            filled += len(batch.images)
+        with_ffcv = self._beton.storage == "jpeg" and runtime.has_ffcv()    # FFCV would compile for two seconds to copy raw pixels once
+        for images in self._decoded() if with_ffcv else self._read():
+            pixels[filled:filled + len(images)] = images
+            filled += len(images)
         if filled != len(pixels):
             raise LoaderError(f"{self._beton.path}: FFCV delivered {filled} of {len(pixels)} samples")
         self._stream.close()
-        return self._with_labels(pixels)
-
-    def _with_labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         indices = torch.from_numpy(np.ascontiguousarray(self._here))
         return pixels, torch.from_numpy(self._beton.labels[self._here]).to(self._device), indices.to(self._device)
+
+    def _decoded(self) -> Iterator[torch.Tensor]:
+        for batch in self._stream.read(self._here):
+            yield batch.images.permute(0, 2, 3, 1)
+
+    def _read(self) -> Iterator[torch.Tensor]:
+        self._beton.check_unchanged()
+        for start in range(0, len(self._here), PART):
+            yield torch.from_numpy(read_images(self._beton, self._here[start:start + PART]))
 
 
 def _pick_mode(mode: str, size: int, device: torch.device) -> str:

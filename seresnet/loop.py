@@ -124,7 +124,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
-    """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device; the totals are read once.
+    """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device, but for float16's scaler, which asks
+    whether the gradients are finite; the totals are read once.
 
     augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
@@ -291,7 +292,7 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
                                 drop_last=config.loader.drop_last, shares=config.loader.shares)
     test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size * ranks.world, indices=data.test_indices,
                                shuffle=False, shares="fixed")
-    optimizer = build_optimizer(model, **optim)
+    optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16)
     if average:
         follow(average, model, optimizer)
     return Session(config, data, device, dtype, model, optimizer,
@@ -573,7 +574,7 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
     if config.run.compile:
-        network = torch.compile(network, dynamic=False)    # one graph for each of few sides: one for all of them is compiled for none
+        network = torch.compile(network, dynamic=False)    # a graph a side of crops, each of known sizes
     result = None
     with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
         keeper = Keeper(session, folder, clock, stop, state)

@@ -46,7 +46,7 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float = 0.9, nesterov: bool = True,
                     betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0, decay: str = "weights",
                     decay_per: str = "rate", linear_lr_scale: float = 1.0, norm_bias_lr_scale: float = 1.0,
-                    se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85) -> torch.optim.Optimizer:
+                    se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85, fused: bool = True) -> torch.optim.Optimizer:
     """SGD (with momentum, Nesterov's form by choice), AdamW or Muon over groups by kind.
 
     lr: peak learning rate of the weights; the head, norm biases and SE take it times their scale. decay: `weights` decays
@@ -56,6 +56,8 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
     (the eta of that paper's algorithm 1), so that kinds with rates of their own decay alike.
     With `muon`, lr and momentum are those of convolutions; all else takes SGD with sgd_lr, sgd_momentum and the decay.
     Each group carries `kind` and `peak_lr`; `set_learning_rate` scales the latter by the schedule.
+    fused: SGD and AdamW in one kernel for all parameters. Not for a GradScaler: where it skips the first step, torch's fused SGD keeps
+    a momentum that nothing has filled, and hooks behind a step are called for those that are skipped.
     """
     scales = {"linear": linear_lr_scale, "norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
     groups = []
@@ -70,9 +72,9 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
                 group.update(orthogonal=orthogonal, momentum=momentum if orthogonal else sgd_momentum)
             groups.append(group)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused, foreach=not fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused, foreach=not fused)
     if name == "muon":
         return Muon(groups, nesterov=nesterov)
     raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
@@ -86,19 +88,18 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class _Average(AveragedModel):
-    """torch's, but for its count of steps: that stays on the CPU and is not brought to the device at every step, which would wait
-    for it. The average of `multi_avg_fn` does not depend on it."""
+    """torch's with buffers, whose count of steps stays on the CPU: torch brings it to the device at every step, which would wait for
+    that. The moving average does not depend on it."""
 
     def update_parameters(self, model: nn.Module) -> None:
         """Take `model` in."""
         if not int(self.n_averaged):
             return super().update_parameters(model)
-        tensors = ([tensor.detach() for tensor in (*net.parameters(), *net.buffers())] for net in (self.module, model))
-        pairs = list(zip(*tensors))
-        for floating in (True, False):
-            chosen = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+        own, new = ([tensor.detach() for tensor in (*net.parameters(), *net.buffers())] for net in (self.module, model))
+        for floating in (True, False):    # numbers and counts, which one operation does not take together
+            chosen = [i for i, tensor in enumerate(own) if tensor.is_floating_point() == floating]
             if chosen:
-                self.multi_avg_fn(*map(list, zip(*chosen)), self.n_averaged)
+                self.multi_avg_fn([own[i] for i in chosen], [new[i] for i in chosen], self.n_averaged)
         self.n_averaged += 1
 
 

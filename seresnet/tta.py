@@ -52,6 +52,6 @@ def log_probabilities(model: nn.Module, images: torch.Tensor, tta: str, dtype: t
     if unsure is not None and not len(unsure):
         return first, first
     again, seen = (images, first) if unsure is None else (images[unsure], first[unsure])
-    seen = [seen, *(look(view, again) for _, view in shares[1:])]
-    mean = torch.logsumexp(torch.stack([logs + math.log(share) for logs, (share, _) in zip(seen, shares)]), dim=0)
+    looks = [seen, *(look(view, again) for _, view in shares[1:])]
+    mean = torch.logsumexp(torch.stack([logs + math.log(share) for logs, (share, _) in zip(looks, shares)]), dim=0)
     return first, mean if unsure is None else first.index_copy(0, unsure, mean)

@@ -1,7 +1,7 @@
 """What tests/test_distributed.py runs in several processes, under torchrun.
 
-    python tests/processes.py train --section.key value ...    ffcv_train.py itself, as where FFCV is not installed: it would
-                                                               compile for several seconds in every process
+    python tests/processes.py train --section.key value ...    ffcv_train.py itself, as where FFCV is not installed: streaming, it
+                                                               would compile for several seconds in every process
     python tests/processes.py FOLDER
 
 Reads `plan.json` in FOLDER ({name: {section.key: value}}), trains each config of it, checks what one process can check, and

@@ -353,6 +353,22 @@ def test_words_of_the_config_are_those_of_the_module():
     assert config.Loader.__dataclass_fields__["mode"].metadata["limits"]["one_of"] == ("auto", *MODES)
 
 
+@pytest.mark.parametrize("part", [7, 1000])
+def test_jpegs_are_kept_as_ffcv_decodes_them_and_raw_pixels_without_it(tmp_path, make_split, monkeypatch, part):
+    monkeypatch.setattr("seresnet.loader.PART", part)
+    how = dict(batch_size=16, device=CPU, seed=3, indices=np.arange(10, 90))
+    for storage in ("jpeg", "raw"):
+        written = write_beton(tmp_path / f"{storage}.beton", make_split(100, 8), classes=("a", "b", "c"), name="x", source="x",
+                              fingerprint="f", storage=storage)
+        with BatchLoader(written, mode="stream", **how) as loader:
+            expected = [[part.clone() for part in batch] for batch in loader.epoch(2)]
+        if storage == "raw":
+            monkeypatch.setattr("seresnet.runtime.import_ffcv", lambda: pytest.fail("FFCV was imported"))
+        with BatchLoader(written, mode="resident", **how) as loader:
+            found = [list(batch) for batch in loader.epoch(2)]
+        assert len(found) == 5 and all(torch.equal(a, b) for x, y in zip(expected, found) for a, b in zip(x, y))
+
+
 # -- without FFCV -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -364,7 +380,7 @@ def without_ffcv(monkeypatch):
 def test_without_ffcv_the_same_batches_come_from_memory(tmp_path, make_split, request):
     written = write_beton(tmp_path / "x.beton", make_split(100, 8), classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
     how = dict(batch_size=16, device=torch.device("cpu"), seed=3, indices=np.arange(10, 90))
-    with BatchLoader(written, mode="resident", **how) as loader:
+    with BatchLoader(written, mode="stream", **how) as loader:
         expected = [[part.clone() for part in batch] for batch in loader.epoch(2)]
     request.getfixturevalue("without_ffcv")
     with BatchLoader(written, **how) as loader:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seresnet import checkpoint, loop, report, trained
 from seresnet.augment import PADDINGS
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
+from seresnet.optim import average_weights
 from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
 from seresnet.imageset import Split
 from test_config import mappings, valid
@@ -99,35 +101,75 @@ def test_both_loader_modes_train_the_same_weights(betons, tmp_path):
     assert weights_hash(folder_of(tmp_path / "stream")) == weights_hash(folder_of(tmp_path / "resident"))
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_optimizer_is_fused_where_no_scaler_may_skip_its_steps(betons, monkeypatch, dtype):
+    monkeypatch.setattr("seresnet.runtime.pick_dtype", lambda *_: dtype)
+    config, data, model = loop.prepare(build({**SMALL, **betons}))
+    with loop.open_session(config, torch.device("cpu"), data, model) as session:
+        assert session.optimizer.defaults["fused"] == (not session.scaler.is_enabled()) == (dtype != torch.float16)
+
+
+@pytest.mark.parametrize("changes", [
     {}, {"model__downsample": "pool", "model__stem": "whiten", "model__activation": "gelu", "optim__name": "muon", "loop__hardest": [1, 0.5]}])
-def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_path, monkeypatch, settings):
+def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_path, monkeypatch, changes):
     """By torch's tracer, without the compiler behind it: that takes a minute, and is torch's own."""
-    settings = {"augment__sides": [12, 16], "run__precision": "fp32", "loop__epochs": 2, **settings}
-    plain = train(betons, tmp_path / "plain", **settings)
+    changes = {"augment__sides": [12, 16], "run__precision": "fp32", "loop__epochs": 2, **changes}
+    plain = train(betons, tmp_path / "plain", **changes)
     traced, whole = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **how: traced.append(how) or whole(net, backend="aot_eager", fullgraph=True, **how))
-    compiled = train(betons, tmp_path / "compiled", run__compile=True, **settings)
+    compiled = train(betons, tmp_path / "compiled", run__compile=True, **changes)
     assert traced == [{"dynamic": False}]
     losses = [[line["train_loss"] for line in logged(folder_of(tmp_path / name))] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-2)
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps what would make a GPU's step wait: numbers read from tensors, sizes that depend on their content, tensors made of numbers."""
+class Operations(TorchDispatchMode):
+    """Notes in `seen` which operations would make a GPU's step wait: numbers read from tensors, sizes that depend on their content,
+    tensors made of numbers."""
 
-    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique", "lift_fresh", "equal")
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "lift_fresh", "equal", "bincount")
 
-    def __init__(self):
+    def __init__(self, seen):
         super().__init__()
-        self.seen, self.kept_on_the_cpu = [], ()
+        self.seen, self.kept_on_the_cpu = seen, ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.partition(".")[0].lstrip("_")
-        if any(name.startswith(wait.lstrip("_")) for wait in self.WAITS) and not any(args[0] is tensor for tensor in self.kept_on_the_cpu):
+        name, _, overload = function.__name__.partition(".")
+        by_mask = name.lstrip("_").startswith("index") and any(
+            index.dtype in (torch.bool, torch.uint8) for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+            if index is not None)
+        waits = by_mask or name in self.WAITS or (name, overload) == ("repeat_interleave", "Tensor")
+        if waits and not any(args[0] is tensor for tensor in self.kept_on_the_cpu):
             self.seen.append(function.__name__)
         return function(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Notes in `seen` what brings a tensor to the CPU, and is nothing there."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("cpu", "numpy", "tolist") or "cpu" in (*args[1:], *(kwargs or {}).values()):
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x.sum().item(), lambda x: bool(x[0] > 0), lambda x: float(x[1]), lambda x: x[x > 0], lambda x: x.masked_select(x > 0),
+    lambda x: x.nonzero(), lambda x: x.unique(), lambda x: torch.tensor([1.0, 2.0]), lambda x: x.new_tensor([1.0]), lambda x: x.cpu(),
+    lambda x: x.to("cpu"), lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.repeat_interleave(x.long()),
+    lambda x: x.long().bincount(), lambda x: x.index_put_((x > 0,), x[0]), lambda x: torch.equal(x, x), lambda x: torch.where(x > 0)])
+def test_what_would_wait_for_a_device_is_seen(wait):
+    x, seen = torch.ones(3), []
+    with Calls(seen), Operations(seen):
+        x.mul(2).clamp(0, 1).index_select(0, x.long())
+        assert not seen
+        wait(x)
+    assert seen
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
@@ -140,18 +182,18 @@ def test_no_step_but_an_epochs_first_waits_for_the_device(betons, tmp_path, name
                "augment.contrast": 0.1, "augment.blur": 0.1, "augment.noise": 0.1, "augment.sides": [12], "model.dropout": 0.1,
                "model.activation": "gelu", "loss.label_smoothing": 0.1, "loader.mode": "resident", "loop.epochs": 2}
     config, data, model = loop.prepare(build({**SMALL, **betons, **changes}))
-    with loop.open_session(config, torch.device("cpu"), data, model) as session, Recorder() as recorder:
-        recorder.kept_on_the_cpu = (session.average.n_averaged,)
+    seen = []
+    with loop.open_session(config, torch.device("cpu"), data, model) as session, Calls(seen), Operations(seen) as operations:
+        operations.kept_on_the_cpu = (session.average.n_averaged,)
         for epoch in range(2):
             steps = []
 
             def after_step(step, tally):
-                steps.append(list(recorder.seen))
-                recorder.seen.clear()
+                steps.append(list(seen))
+                seen.clear()
             loop.train_epoch(session.model, session.batches(epoch), after_step=after_step, **session.parts(epoch))
             assert len(steps) > 3 and not any(steps[1:]), steps
-        bool(torch.zeros(1))
-        assert recorder.seen, "the recorder sees what waits"
+    assert average_weights(model.to("meta"), 0.9).n_averaged.device.type == "cpu"
 
 
 def test_the_saved_weights_are_the_evaluated_ones(betons, tmp_path):

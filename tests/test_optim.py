@@ -206,6 +206,27 @@ def test_muon_state_survives_saving():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_first_step_that_the_gradient_scaler_skips_leaves_nothing_behind(name, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)    # memory that nobody has filled holds NaN
+    try:
+        model, scaler = net(), torch.amp.GradScaler("cpu")
+        optimizer = optim.build_optimizer(model, name=name, lr=0.01, fused=False)
+        average = optim.average_weights(model, 0.5)
+        optim.follow(average, model, optimizer)
+        for step in range(3):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.inf if step == 0 else 1.0)
+            scaler.scale(torch.zeros(()))
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(p.isfinite().all() for p in model.parameters()) and int(average.n_averaged) == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_the_average_is_that_of_a_plain_loop_buffers_included(name):
     model, decay = net().to(memory_format=torch.channels_last), 0.75
     average = optim.average_weights(model, decay)

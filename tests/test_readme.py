@@ -53,7 +53,6 @@ def place(tmp_path_factory):
 
 
 def shell(place, text):
-    # FFCV compiles at every first batch of a process; the tests of the loader and of CIFAR-10 do that often enough.
     environment = {**os.environ, "PATH": f"{place / 'tools'}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-e", "-c", text], cwd=place, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
