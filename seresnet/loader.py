@@ -1,8 +1,8 @@
 """.beton -> uint8 batches on the device, channels-last, with labels and sample indices; the one FFCV loader.
 
-FFCV decodes and nothing else: its own flips and crops take 13 seconds of compilation at the first epoch and cannot be
-seeded, so they belong to the device (augment.py). The order is ours too: FFCV's is default_rng(seed + epoch), by which
-seed 0's second epoch is seed 1's first.
+Sets that stay on the device are read once, raw ones without FFCV. FFCV decodes and nothing else: its own flips and crops take 13
+seconds of compilation at the first epoch and cannot be seeded, so they belong to the device (augment.py). The order is ours too:
+FFCV's is default_rng(seed + epoch), by which seed 0's second epoch is seed 1's first.
 """
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class BatchLoader:
             pixels[filled:filled + len(images)] = images
             filled += len(images)
         if filled != len(pixels):
-            raise LoaderError(f"{self._beton.path}: FFCV delivered {filled} of {len(pixels)} samples")
+            raise LoaderError(f"{self._beton.path}: read {filled} of {len(pixels)} samples")
         self._stream.close()
         indices = torch.from_numpy(np.ascontiguousarray(self._here))
         return pixels, torch.from_numpy(self._beton.labels[self._here]).to(self._device), indices.to(self._device)

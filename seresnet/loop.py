@@ -124,8 +124,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
-    """One pass over `batches` (of loader.Batch). Nothing inside a step waits for the device, but for float16's scaler, which asks
-    whether the gradients are finite; the totals are read once.
+    """One pass over `batches` (of loader.Batch). No step after the first, which makes the constants, waits for the device, but
+    for float16's scaler, which asks whether the gradients are finite; the totals are read once.
 
     augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
@@ -574,7 +574,9 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
     if config.run.compile:
-        network = torch.compile(network, dynamic=False)    # a graph a side of crops, each of known sizes
+        graphs = 2 * max(1, len(set(config.augment.sides)))    # a side's, each of known sizes, and that of a smaller last batch
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, graphs)    # beyond it nothing is compiled
+        network = torch.compile(network, dynamic=False)
     result = None
     with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
         keeper = Keeper(session, folder, clock, stop, state)

@@ -56,8 +56,9 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
     (the eta of that paper's algorithm 1), so that kinds with rates of their own decay alike.
     With `muon`, lr and momentum are those of convolutions; all else takes SGD with sgd_lr, sgd_momentum and the decay.
     Each group carries `kind` and `peak_lr`; `set_learning_rate` scales the latter by the schedule.
-    fused: SGD and AdamW in one kernel for all parameters. Not for a GradScaler: where it skips the first step, torch's fused SGD keeps
-    a momentum that nothing has filled, and hooks behind a step are called for those that are skipped.
+    fused: SGD and AdamW in one kernel for all parameters. Not for a GradScaler: where it skips the first step, torch's fused
+    SGD keeps a momentum that nothing has filled, and hooks behind a step are called for those that are skipped. On a CPU
+    these kernels take gradients and buffers to lie in memory as their parameter does: autograd and torch's checkpoints keep it so.
     """
     scales = {"linear": linear_lr_scale, "norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
     groups = []

@@ -109,6 +109,33 @@ def test_the_optimizer_is_fused_where_no_scaler_may_skip_its_steps(betons, monke
         assert session.optimizer.defaults["fused"] == (not session.scaler.is_enabled()) == (dtype != torch.float16)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_and_the_optimizers_buffers_lie_in_memory_as_their_parameters_do(betons, tmp_path, name, precision):
+    """torch's fused kernels on a CPU go through memory without a look at strides."""
+    config, data, model = loop.prepare(build({**SMALL, **betons, "optim.name": name, "run.precision": precision}))
+    with loop.open_session(config, torch.device("cpu"), data, model) as session:
+        def check():
+            looked_at = 0
+            for parameter in session.model.parameters():
+                buffers = [value for value in session.optimizer.state[parameter].values() if value.shape == parameter.shape]
+                for other in (parameter.grad, *buffers):
+                    if other is not None:
+                        assert other.stride() == parameter.stride(), parameter.shape
+                        looked_at += parameter.dim() == 4
+                assert buffers
+            return looked_at
+
+        def train_and_check(epoch):
+            loop.train_epoch(session.model, session.batches(epoch), after_step=lambda *_: check(), **session.parts(epoch))
+        train_and_check(0)
+        parts = session.model, session.optimizer, session.scaler, session.generator
+        saved = checkpoint.unpack(checkpoint.pack({"training": checkpoint.training_state(*parts)}))
+        checkpoint.restore_training_state(saved["training"], *parts)
+        assert check() > 5
+        train_and_check(1)
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"model__downsample": "pool", "model__stem": "whiten", "model__activation": "gelu", "optim__name": "muon", "loop__hardest": [1, 0.5]}])
 def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_path, monkeypatch, changes):
@@ -124,11 +151,22 @@ def test_a_compiled_net_is_traced_whole_and_trains_as_the_plain_one(betons, tmp_
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-2)
 
 
+def test_no_side_of_crops_is_left_uncompiled(betons, tmp_path, monkeypatch):
+    """torch gives up compiling after eight sizes of a net's input, with a warning."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **how: whole(net, backend="eager", fullgraph=True, **how))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.compiler.reset()
+    train(betons, tmp_path, run__compile=True, augment__sides=[8, 9, 10, 11, 12, 13], loop__epochs=6, loader__drop_last=False)
+    assert torch._dynamo.config.recompile_limit == 12
+
+
 class Operations(TorchDispatchMode):
     """Notes in `seen` which operations would make a GPU's step wait: numbers read from tensors, sizes that depend on their content,
-    tensors made of numbers."""
+    tensors made of numbers. What goes from the CPU to the device as a tensor is not seen: on a CPU it goes nowhere."""
 
-    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "lift_fresh", "equal", "bincount")
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "lift_fresh",
+             "equal", "bincount")
 
     def __init__(self, seen):
         super().__init__()
@@ -146,14 +184,16 @@ class Operations(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Notes in `seen` what brings a tensor to the CPU, and is nothing there."""
+    """Notes in `seen` what brings a tensor to the CPU, and is nothing there. `torch.device("cpu")` is not seen: it is the tests' own device."""
+
+    NAMES = ("cpu", "numpy", "tolist", "allclose")
 
     def __init__(self, seen):
         super().__init__()
         self.seen = seen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("cpu", "numpy", "tolist") or "cpu" in (*args[1:], *(kwargs or {}).values()):
+        if getattr(function, "__name__", "") in self.NAMES or "cpu" in (*args[1:], *(kwargs or {}).values()):
             self.seen.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
@@ -162,7 +202,8 @@ class Calls(TorchFunctionMode):
     lambda x: x.sum().item(), lambda x: bool(x[0] > 0), lambda x: float(x[1]), lambda x: x[x > 0], lambda x: x.masked_select(x > 0),
     lambda x: x.nonzero(), lambda x: x.unique(), lambda x: torch.tensor([1.0, 2.0]), lambda x: x.new_tensor([1.0]), lambda x: x.cpu(),
     lambda x: x.to("cpu"), lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.repeat_interleave(x.long()),
-    lambda x: x.long().bincount(), lambda x: x.index_put_((x > 0,), x[0]), lambda x: torch.equal(x, x), lambda x: torch.where(x > 0)])
+    lambda x: x.long().bincount(), lambda x: torch.allclose(x, x), lambda x: x.unique_consecutive(), lambda x: x[None].unique(dim=0),
+    lambda x: x.index_put_((x > 0,), x[0]), lambda x: torch.equal(x, x), lambda x: torch.where(x > 0)])
 def test_what_would_wait_for_a_device_is_seen(wait):
     x, seen = torch.ones(3), []
     with Calls(seen), Operations(seen):
@@ -175,7 +216,7 @@ def test_what_would_wait_for_a_device_is_seen(wait):
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_no_step_but_an_epochs_first_waits_for_the_device(betons, tmp_path, name, padding):
-    """No GPU is needed for that: what waits for one are few operations, and they are called on a CPU, too."""
+    """As far as a CPU can show it: most operations that wait are called there, too."""
     changes = {"optim.name": name, "optim.ema_decay": 0.9,
                ("optim.clip_norm" if name == "sgd" else "optim.clip_value"): 1.0, "loop.hardest": [1, 0.5],
                "augment.flip": "alternating", "augment.padding": padding, "augment.cutout": 4, "augment.brightness": 0.1,
