@@ -574,8 +574,9 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
     if config.run.compile:
-        graphs = 2 * max(1, len(set(config.augment.sides)))    # a side's, each of known sizes, and that of a smaller last batch
-        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, graphs)    # beyond it nothing is compiled
+        # A graph a size of batch, beyond so many nothing is compiled: epochs alike in side and images have one, and a smaller last one.
+        alike = {(stepwise(config.augment.sides, epoch, epochs, 0), session.samples(epoch)) for epoch in range(epochs)}
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 2 * len(alike))
         network = torch.compile(network, dynamic=False)
     result = None
     with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
