@@ -97,6 +97,7 @@ def measure(session, epochs: int, warmup_steps: int = 5) -> list[dict[str, float
         parts = session.parts(epoch)
         parts.update(augment=in_lane(clock, "augmentation", parts["augment"]), loss=in_lane(clock, "forward", parts["loss"]),
                      clip=in_lane(clock, "optimizer", parts["clip"]), scaler=TimedScaler(parts["scaler"], clock))
+        parts.pop("replay", None)    # a recording has no parts that a clock could see
         with clock.lane("rest"):
             train_epoch(in_lane(clock, "forward", session.model),
                         clock.waiting(session.train_batches.epoch(epoch), "data_wait"), **parts)

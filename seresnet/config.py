@@ -53,6 +53,8 @@ class Run:
     precision: str = key("auto", "number format of the convolutions; auto is bf16 where the hardware has it",
                          one_of=("auto", "bf16", "fp16", "fp32"))
     compile: bool = key(False, "torch.compile the net (slower than eager on the CPUs we measured)")
+    cuda_graphs: bool = key(True, "on one CUDA GPU, without run.compile: replay forward and backward pass as one CUDA graph a shape "
+                                  "of batch, whose memory is kept until the end")
     tune_allocator: bool = key(True, "on Linux CPUs, restart once with glibc's allocator set for large tensors")
     threads: int = key(0, "torch's threads on the CPU; 0 leaves torch's own choice", at_least=0, at_most=1024)
     folder: str = key("", "run folder to create; empty for <report.folder>/<recipe>-<time>")

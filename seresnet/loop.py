@@ -21,6 +21,7 @@ from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
+from seresnet.graphs import Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
 from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
@@ -122,6 +123,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, learning_rate: Callable[[int], float],
                 first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
+                replay: Callable[[Callable], Callable] = lambda gradients: gradients,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). No step after the first, which makes the constants, waits for the device, but
@@ -131,16 +133,20 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
+    replay(gradients) does as `gradients`, which a step's forward and backward pass is, from a recording perhaps.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
-    tally = tally or Tally(device)
-    for step, batch in enumerate(batches, first_step):
-        set_learning_rate(optimizer, learning_rate(step))
-        images = augment(batch, step)
+    def gradients(images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
-        value = loss(logits, batch.labels)
-        scaler.scale(value * weight(step, len(batch.labels))).backward()
+        value = loss(logits, labels)
+        scaler.scale(value * weight).backward()
+        return logits.detach(), value.detach()
+
+    tally, gradients = tally or Tally(device), replay(gradients)
+    for step, batch in enumerate(batches, first_step):
+        set_learning_rate(optimizer, learning_rate(step))
+        logits, value = gradients(augment(batch, step), batch.labels, weight(step, len(batch.labels)))
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -169,6 +175,7 @@ class Session:
     ranks: Ranks
     average: AveragedModel | None = None    # of the weights, with optim.ema_decay
     difficulty: Difficulty | None = None    # of the training images, with loop.hardest
+    replays: Replays | None = None    # of the forward and backward pass, with run.cuda_graphs
 
     @property
     def result(self) -> nn.Module:
@@ -257,7 +264,8 @@ class Session:
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
-            learning_rate=self.learning_rate, first_step=first_step + batches_done, note=note)
+            learning_rate=self.learning_rate, first_step=first_step + batches_done, note=note,
+            **({"replay": self.replays.of} if self.replays else {}))
 
     def tally(self) -> Tally:
         """A new one, of all processes together."""
@@ -295,10 +303,12 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16)
     if average:
         follow(average, model, optimizer)
+    graphs = config.run.cuda_graphs and device.type == "cuda" and ranks.world == 1 and not config.run.compile
     return Session(config, data, device, dtype, model, optimizer,
                    torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
                    train_batches, test_batches, ranks, average,
-                   Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None)
+                   Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
+                   Replays(model.parameters(), cuda_graphs()) if graphs else None)
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -374,8 +384,8 @@ def memory_explained(config: Config, device: torch.device) -> AbstractContextMan
     side, size = config.model.image_size, config.loader.batch_size
     return runtime.memory_explained(
         device, f"loader.batch_size = {size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of {side} x {side} pixels",
-        f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller --model.channels, or "
-        "--loader.mode stream")
+        f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller --model.channels, "
+        f"{'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream")
 
 
 def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:

@@ -1,0 +1,133 @@
+"""Recordings of a step do what the step itself does. Those of a GPU are tested where there is one; what goes into them and comes out
+of them everywhere, by a recorder that computes again."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seresnet import loop
+from seresnet.config import build
+from seresnet.graphs import Replays, cuda_graphs
+from test_loop import betons    # noqa: F401 a fixture
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
+
+
+def computing_again(log):
+    """A recorder that, as a CUDA graph does, computes nothing when it records, and then puts results and gradients where they were."""
+    def record(work):
+        parameters, buffers = log["parameters"], log.get("buffers", [])
+        before = [buffer.clone() for buffer in buffers]
+        results = work()
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        gradients = [parameter.grad for parameter in parameters]
+
+        def replay():
+            log["replays"] += 1
+            for parameter in parameters:
+                parameter.grad = None
+            for kept, value in zip(results, work()):
+                kept.copy_(value)
+            for kept, parameter in zip(gradients, parameters):
+                if kept is not None:
+                    kept.copy_(parameter.grad)
+        return replay, results
+    return record
+
+
+def a_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.2), nn.GELU(), nn.Flatten(), nn.LazyLinear(5))
+    net(torch.zeros(2, 3, 8, 8))
+    net[0].weight.requires_grad_(False)    # as a whitening stem's
+    return net
+
+
+def trained(device, sizes, replayed, log=None):
+    """Losses, logits and weights of a net after a step on a batch of each of `sizes`."""
+    net = a_net().to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+    def gradients(images, labels, weight):
+        logits = net(images)
+        loss = F.cross_entropy(logits, labels) * weight
+        loss.backward()
+        return logits.detach(), loss.detach()
+
+    if replayed:
+        log.update(parameters=list(net.parameters()), buffers=list(net.buffers()))
+        gradients = Replays(net.parameters(), computing_again(log) if device == "cpu" else cuda_graphs()).of(gradients)
+    generator, seen = torch.Generator().manual_seed(1), []
+    for size in sizes:
+        images = torch.randn(size, 3, 8, 8, generator=generator).to(device).to(memory_format=torch.channels_last)
+        labels = torch.randint(5, (size,), generator=generator).to(device)
+        logits, loss = gradients(images, labels, 1.0)
+        seen += [logits.clone(), loss.clone()]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return seen + list(net.state_dict().values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replayed_steps_are_the_steps_themselves(device):
+    sizes, log = [6, 4, 6, 6, 4, 6, 4, 4], {"replays": 0}
+    plain, replayed = trained(device, sizes, False), trained(device, sizes, True, log)
+    assert len(plain) == len(replayed)
+    for one, other in zip(plain, replayed):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert device != "cpu" or log["replays"] == len(sizes) - 2
+
+
+def test_another_layout_or_number_is_another_recording():
+    log = {"replays": 0}
+    net = nn.Conv2d(3, 4, 3)
+    log["parameters"], seen = list(net.parameters()), []
+
+    def compute(images, weight):
+        seen.append((images.shape, images.stride(), weight))
+        value = (net(images) * weight).sum()
+        value.backward()
+        return (value.detach(),)
+
+    run = Replays(net.parameters(), computing_again(log)).of(compute)
+    images = torch.randn(2, 3, 6, 6)
+    for inputs in ((images, 1.0), (images.to(memory_format=torch.channels_last), 1.0), (images, 2.0), (images[:1], 1.0)):
+        before = log["replays"]
+        for _ in range(3):
+            result, = run(*inputs)
+            torch.testing.assert_close(result, (net(inputs[0]) * inputs[1]).sum().detach())
+            net.zero_grad()
+        assert log["replays"] == before + 2
+    assert len(set(seen)) == 4
+
+
+def test_an_argument_is_copied_not_kept():
+    net = nn.Linear(3, 1, bias=False)
+    log = {"replays": 0, "parameters": list(net.parameters())}
+
+    def compute(x):
+        value = net(x).sum()
+        value.backward()
+        return (value.detach(),)
+    run = Replays(net.parameters(), computing_again(log)).of(compute)
+    buffer = torch.ones(2, 3)
+    for number in range(5):    # a loader's buffer, filled anew
+        buffer.fill_(number)
+        run(buffer)
+        torch.testing.assert_close(net.weight.grad, torch.full((1, 3), 2.0 * number))
+        net.zero_grad(set_to_none=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("changes", [{"run.precision": "fp32"}, {"run.precision": "bf16"}, {"run.precision": "fp16", "optim.name": "sgd"},
+                                     {"loader.mode": "stream"}, {"model.dropout": 0.3}], ids=lambda changes: ", ".join(changes))
+def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, changes):
+    outcomes = []
+    for graphs in (True, False):
+        settings = {"model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block", "loader.batch_size": 16, "augment.sides": [12, 16],
+                    "optim.name": "muon", "optim.lr": 0.05, "loop.epochs": 4, "report.folder": str(tmp_path / str(graphs)),
+                    "run.device": "cuda", "run.cuda_graphs": graphs, **betons, **changes}
+        outcomes.append(loop.fit(build(settings), ["test"]))
+    assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], rel=0.1)
+    assert outcomes[0]["accuracy"] > 0.8
