@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from seresnet import checkpoint, report, runtime
-from seresnet.augment import normalise, train_batch
+from seresnet.augment import cut_mix, normalise, random_boxes, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
@@ -129,7 +129,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     """One pass over `batches` (of loader.Batch). No step after the first, which makes the constants, waits for the device, but
     for float16's scaler, which asks whether the gradients are finite; the totals are read once.
 
-    augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
+    augment(batch, step) -> (normalised images, labels for the loss); loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
@@ -146,7 +146,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     tally, gradients = tally or Tally(device), replay(gradients)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
-        logits, value = gradients(augment(batch, step), batch.labels, weight(step, len(batch.labels)))
+        logits, value = gradients(*augment(batch, step), weight(step, len(batch.labels)))
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -238,16 +238,21 @@ class Session:
                 self.difficulty.begin_epoch()
         settings, of = asdict(config.augment), self.ranks.launch
         settings["side"] = stepwise(settings.pop("sides"), epoch, config.loop.epochs, 0)
+        mixed = stepwise(settings.pop("cutmix"), epoch, config.loop.epochs, 0)
         first_step = self.first_step(epoch)
         if of.world > 1:
             settings["share"] = of.share
 
-        def augment(batch: Batch, step: int) -> torch.Tensor:
+        def augment(batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             if of.world > 1:
                 settings["whole"] = whole(step)
                 expect(self.model, settings["whole"])
-            return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
-                               dtype=self.dtype, generator=self.generator, seed=config.run.seed)
+            images = train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
+                                 dtype=self.dtype, generator=self.generator, seed=config.run.seed)
+            if not mixed:
+                return images, batch.labels
+            boxes = random_boxes(settings.get("whole") or len(images), mixed, *images.shape[2:], self.generator)
+            return cut_mix(images, batch.labels, boxes[settings.get("share", slice(None))], config.model.classes)
 
         def weight(step: int, count: int) -> float:
             return count * of.world / whole(step) if of.world > 1 else 1.0

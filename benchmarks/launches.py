@@ -1,0 +1,95 @@
+"""What the host costs a step: python -m benchmarks.launches --config-file rn_configs/se94.yaml [--steps 20] [--rounds 5] [--out DIR]
+
+Whole steps of the recipe's training (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, in turns: seconds a
+step, how often the host starts something on the device, and how long the device is at work. Where it idles, the host sets the pace.
+Without a CUDA GPU there are no graphs: then there is one row, of what the processor does by itself.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+from benchmarks import keep
+from seresnet import config, report, runtime
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaMemsetAsync",
+            "cudaGraphLaunch")
+
+
+def stepper(settings, device):
+    """(steps(count), which trains so many steps and waits for the device; the session, to be closed)."""
+    import torch
+
+    from seresnet import loop
+    settings, data, model = loop.prepare(settings)
+    session = loop.open_session(settings, device, data, model)
+
+    def steps(count: int) -> float:
+        started = time.perf_counter()
+        epochs = itertools.cycle(itertools.chain.from_iterable(session.train_batches.epoch(epoch) for epoch in range(settings.loop.epochs)))
+        loop.train_epoch(session.model, itertools.islice(epochs, count), **session.parts(0))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+    return steps, session
+
+
+def looked_into(steps, count: int, device) -> dict[str, float]:
+    """Of each of `count` steps: `launches` by the host, `kernels` on the device, `busy_seconds` of it, by torch's profiler; the
+    operators called, and their own time, where there is no device."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        steps(count)
+    events = profiler.events()
+    if device.type != "cuda":
+        own = [event for event in events if event.name.startswith("aten::")]
+        return {"launches": len(own) / count, "kernels": len(own) / count, "busy_seconds": sum(e.self_cpu_time_total for e in own) / 1e6 / count}
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"launches": sum(event.name in LAUNCHES for event in events) / count, "kernels": len(kernels) / count,
+            "busy_seconds": sum(event.device_time_total for event in kernels) / 1e6 / count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20, help="steps timed together (default 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="times of each way, in turns (default 5)")
+    parser.add_argument("--out", help="folder for launches.json; none is written without it")
+    settings, own = config.parse(sys.argv[1:], parser)
+    problems = [f"--{name}: got {getattr(own, name)}, expected 1 and more" for name in ("steps", "rounds") if getattr(own, name) < 1]
+    if problems:
+        raise runtime.UserError(*problems)
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
+    import torch
+    device = runtime.pick_device(settings.run.device)
+    runtime.set_threads(settings.run.threads)
+    torch.backends.cudnn.benchmark = True
+    ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
+    results, opened = {}, {}
+    for way, graphs in ways.items():
+        opened[way] = stepper(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device)
+        opened[way][0](5)
+        results[way] = {"seconds": []}
+    for _ in range(own.rounds):
+        for way, (steps, _) in opened.items():
+            results[way]["seconds"].append(steps(own.steps) / own.steps)
+    rows = []
+    for way, (steps, session) in opened.items():
+        found = results[way] = {**results[way], **looked_into(steps, min(own.steps, 5), device)}
+        median = statistics.median(found["seconds"])
+        rows.append((way, f"{1e3 * median:.2f} ({1e3 * min(found['seconds']):.2f} to {1e3 * max(found['seconds']):.2f})",
+                     f"{found['launches']:.0f}", f"{found['kernels']:.0f}", f"{1e3 * found['busy_seconds']:.2f}", f"{found['busy_seconds'] / median:.0%}"))
+        session.__exit__()
+    print(report.table(("a step", "milliseconds (fastest to slowest)", "launches", "kernels", "device busy, ms", "share"), rows))
+    print(f"medians of {own.rounds} rounds of {own.steps} steps of {settings.loader.batch_size} images, on {device}")
+    keep(own.out, "launches", settings.recipe, {"steps": own.steps, "rounds": own.rounds, "batch": settings.loader.batch_size, "ways": results})
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
