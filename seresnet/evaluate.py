@@ -38,8 +38,9 @@ def evaluate(model: nn.Module, batches: Iterable, *, samples: int, mean: Sequenc
     those of the training split. tta, sure: as of tta.log_probabilities. gather: as of loss.Tally, where several processes have a
     share of the samples each. The model is in evaluation mode while it runs and as it was afterwards.
     """
-    was_training = model.training
+    was_training, benchmark = model.training, torch.backends.cudnn.benchmark
     model.eval()
+    torch.backends.cudnn.benchmark = False    # `sure` leaves another number of images of each batch: trying algorithms costs seconds
     plain, together = Tally(device, gather), Tally(device, gather)
     try:
         for batch in batches:
@@ -50,6 +51,7 @@ def evaluate(model: nn.Module, batches: Iterable, *, samples: int, mean: Sequenc
                 tally.add(scores, batch.labels, F.nll_loss(scores, batch.labels))
     finally:
         model.train(was_training)
+        torch.backends.cudnn.benchmark = benchmark
     result = Evaluation(plain.read(), together.read())
     if result.plain.seen != samples:
         raise RuntimeError(f"evaluated {result.plain.seen} samples, the split has {samples}")

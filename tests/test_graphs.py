@@ -125,9 +125,9 @@ def test_an_argument_is_copied_not_kept():
 def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, changes):
     outcomes = []
     for graphs in (True, False):
-        settings = {"model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block", "loader.batch_size": 16, "augment.sides": [12, 16],
+        settings = {"model.classes": 3, "model.image_size": 16, "model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block", "loader.batch_size": 16, "augment.sides": [12, 16],
                     "optim.name": "muon", "optim.lr": 0.05, "loop.epochs": 4, "report.folder": str(tmp_path / str(graphs)),
                     "run.device": "cuda", "run.cuda_graphs": graphs, **betons, **changes}
         outcomes.append(loop.fit(build(settings), ["test"]))
-    assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], rel=0.1)
+    assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], abs=0.03)
     assert outcomes[0]["accuracy"] > 0.8
