@@ -66,10 +66,8 @@ def main() -> None:
         raise runtime.UserError(*problems)
     if settings.run.tune_allocator:
         runtime.tune_allocator(settings.run.device)
-    import torch
     device = runtime.pick_device(settings.run.device)
     runtime.set_threads(settings.run.threads)
-    torch.backends.cudnn.benchmark = True
     ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
     results, opened = {}, {}
     for way, graphs in ways.items():

@@ -111,16 +111,6 @@ def random_amounts(count: int, most: float, generator: torch.Generator) -> torch
     return torch.rand(count, generator=generator, device=generator.device) * most
 
 
-def random_boxes(count: int, probability: float, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """int64 (count, 4) of (top, left, bottom, right), the latter two not included: with `probability` a box of the image's proportions
-    whose share of the area is uniform in [0, 1), its centre anywhere, what lies beyond the image cut off; else an empty one."""
-    chosen, area, down, right = torch.rand(4, count, generator=generator, device=generator.device).unbind(0)
-    scale = torch.where(chosen < probability, area.sqrt(), 0.0)
-    tall, wide = (scale * height).round().long(), (scale * width).round().long()
-    top, left = (down * height).long() - tall // 2, (right * width).long() - wide // 2
-    return torch.stack([top.clamp(min=0), left.clamp(min=0), (top + tall).clamp(max=height), (left + wide).clamp(max=width)], 1)
-
-
 def random_normal(count: int, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     """float32 (count, C, H, W) for an image's `shape`, channels-last: independent standard normal values."""
     channels, height, width = shape
@@ -216,22 +206,6 @@ def soften(images: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
 def add_noise(images: torch.Tensor, amounts: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
     """images + amounts * normal: float (B, 3, H, W), changed in place and returned; (B,); (B, 3, H, W)."""
     return images.addcmul_(normal, amounts[:, None, None, None])
-
-
-def cut_mix(images: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Show in each image's box the same pixels of the image before it in the batch (of the first, the last), and share the label
-    between both by area. images: (B, 3, H, W), channels-last. labels: int64 (B,). boxes: int64 (B, 4), see `random_boxes`.
-    Returns new images and float32 (B, classes). CutMix (Yun et al., arXiv 1905.04899, section 3.1), an image each with a box of its own.
-    """
-    count, channels, height, width = images.shape
-    top, left, bottom, right = boxes[:, :, None].unbind(1)
-    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-    box = _box((rows >= top) & (rows < bottom), (columns >= left) & (columns < right), channels)
-    flat = images.permute(0, 2, 3, 1).reshape(count, height, width * channels)
-    mixed = torch.where(box, flat.roll(1, 0), flat).view(count, height, width, channels).permute(0, 3, 1, 2)
-    share = ((bottom - top) * (right - left)).clamp(min=0) / (height * width)
-    own = torch.nn.functional.one_hot(labels, classes).float()
-    return mixed, torch.lerp(own, own.roll(1, 0), share)
 
 
 def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:

@@ -103,8 +103,6 @@ class Augment:
     cutout: int = key(0, "side in pixels of the square that is covered; 0 for none", at_least=0)
     sides: list[int] = key((), "sides in pixels of random crops, each for an equal share of the epochs; empty for whole images",
                            at_least=4, lengths=range(65))
-    cutmix: list[float] = key((), "share of the images that get a box of another, and of its label; each for an equal share of the epochs",
-                                 at_least=0, at_most=1, lengths=range(65))
     brightness: float = key(0.0, "largest shift of an image's brightness, in standard deviations of the set", at_least=0)
     contrast: float = key(0.0, "largest relative change of an image's contrast", at_least=0, below=1)
     blur: float = key(0.0, "largest weight of a pixel's neighbour, along both axes, in an image's blur", at_least=0, at_most=1 / 3)
@@ -385,8 +383,6 @@ def contradictions(c: Config) -> list[str]:
     if any(share < 1 for share in c.loop.hardest) and c.loader.shares == "fixed":
         found.append("loop.hardest, loader.shares: got a part of the images and fixed, expected drawn: with fixed shares one process "
                      "would have more of the hardest than another")
-    if any(c.augment.cutmix) and any(share < 1 for share in c.loop.hardest):
-        found.append("augment.cutmix, loop.hardest: got both, expected one: the loss of a mixed image does not tell how hard it is")
     convolutions = sum(c.model.blocks) * c.model.block_depth
     if convolutions > MOST_CONVOLUTIONS:
         found.append(f"model.blocks, model.block_depth: got {convolutions:,} convolutions, expected {MOST_CONVOLUTIONS:,} at most")

@@ -233,8 +233,9 @@ class _Stream:
         """Batches of the samples in `order`, int64."""
         self._beton.check_unchanged()
         order = np.ascontiguousarray(order)
-        # The threads are set back after FFCV's loader and iterator are built and before a batch is waited for.
-        with runtime.torch_threads_kept():
+        # The threads are set back after FFCV's loader and iterator are built and before a batch is waited for. Buffers made in the
+        # consumer's inference mode would refuse what the reader's thread copies to a GPU.
+        with runtime.torch_threads_kept(), torch.inference_mode(False):
             if self._loader is None:
                 self._loader = _build_ffcv_loader(self._beton, self._batch_size, self._device, self._workers,
                                                   self._batches_ahead)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from seresnet import checkpoint, report, runtime
-from seresnet.augment import cut_mix, normalise, random_boxes, train_batch
+from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
@@ -35,6 +35,7 @@ INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 # On the weights: may change when a run goes on. Where a beton lies is nothing beside its bytes, which are compared.
 WITHOUT_EFFECT = {"run.resume", "run.folder", "beton", "checkpoint", "report"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
+MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
 
@@ -108,8 +109,8 @@ def build_model(config: Config) -> SEResNet:
     """
     arguments = asdict(config.model)
     budget = arguments.pop("max_parameters")
-    with torch.device("meta"):    # shapes alone: a net beyond the budget may be one beyond the memory
-        size = check_budget(SEResNet(**arguments), budget) * 4
+    with torch.device("meta"):    # shapes alone: a net beyond the budget may be one beyond the memory. Normal values there take a compiler
+        size = check_budget(SEResNet(**{**arguments, "head_std": 0.0, "initialisation": "default"}), budget) * 4
     if size > runtime.free_memory_of_machine():
         raise ValueError(f"channels: this net's parameters take {size >> 20:,} MiB, {runtime.free_memory_of_machine() >> 20:,} MiB are "
                          "free: fewer blocks or channels")
@@ -129,7 +130,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     """One pass over `batches` (of loader.Batch). No step after the first, which makes the constants, waits for the device, but
     for float16's scaler, which asks whether the gradients are finite; the totals are read once.
 
-    augment(batch, step) -> (normalised images, labels for the loss); loss(logits, labels) -> scalar; clip() clips the gradients in place;
+    augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
@@ -146,7 +147,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     tally, gradients = tally or Tally(device), replay(gradients)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
-        logits, value = gradients(*augment(batch, step), weight(step, len(batch.labels)))
+        logits, value = gradients(augment(batch, step), batch.labels, weight(step, len(batch.labels)))
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -238,21 +239,16 @@ class Session:
                 self.difficulty.begin_epoch()
         settings, of = asdict(config.augment), self.ranks.launch
         settings["side"] = stepwise(settings.pop("sides"), epoch, config.loop.epochs, 0)
-        mixed = stepwise(settings.pop("cutmix"), epoch, config.loop.epochs, 0)
         first_step = self.first_step(epoch)
         if of.world > 1:
             settings["share"] = of.share
 
-        def augment(batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def augment(batch: Batch, step: int) -> torch.Tensor:
             if of.world > 1:
                 settings["whole"] = whole(step)
                 expect(self.model, settings["whole"])
-            images = train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
-                                 dtype=self.dtype, generator=self.generator, seed=config.run.seed)
-            if not mixed:
-                return images, batch.labels
-            boxes = random_boxes(settings.get("whole") or len(images), mixed, *images.shape[2:], self.generator)
-            return cut_mix(images, batch.labels, boxes[settings.get("share", slice(None))], config.model.classes)
+            return train_batch(batch.images, batch.indices, epoch, **settings, mean=data.mean, std=data.std,
+                               dtype=self.dtype, generator=self.generator, seed=config.run.seed)
 
         def weight(step: int, count: int) -> float:
             return count * of.world / whole(step) if of.world > 1 else 1.0
@@ -334,7 +330,8 @@ def fit(config: Config, command: Sequence[str]) -> dict:
     of = runtime.launch()
     device = runtime.pick_device(config.run.device, of)
     runtime.set_threads(config.run.threads, of)
-    torch.backends.cudnn.benchmark = True    # shapes are the same in every step
+    if not config.run.compile:
+        runtime.leave_the_compiler_alone()
     if config.report.tensorboard:
         report.require_tensorboard()
     with join(of, device) as ranks:
@@ -354,6 +351,7 @@ def fit(config: Config, command: Sequence[str]) -> dict:
             config = replace(config, recipe=state["recipe"])
         with ranks.together(), memory_explained(config, device):
             session = open_session(config, device, data, model, ranks)
+        torch.backends.cudnn.benchmark = session.first_step(config.loop.epochs) > MANY_STEPS
         with session, memory_explained(config, device):
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                            "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}

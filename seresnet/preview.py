@@ -25,7 +25,7 @@ def augmented(settings: config.Config, images: int, epochs: int) -> tuple[np.nda
         batch = type(batch)(*(part[:images].clone(memory_format=torch.preserve_format) for part in batch))
         columns = [batch.images]
         for epoch in range(epochs):
-            seen = session.parts(epoch)["augment"](batch, 0)[0].float()
+            seen = session.parts(epoch)["augment"](batch, 0).float()
             mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.train.mean, data.train.std))
             seen = (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
             margin = data.train.height - seen.shape[2]    # of a crop: black

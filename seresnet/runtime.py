@@ -309,6 +309,16 @@ def allocator_state() -> str:
     return "user" if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") else "default"
 
 
+def leave_the_compiler_alone() -> None:
+    """Keep torch's optimizers from importing torch's compiler, one to two seconds of a start, when all that they want of it is to be
+    left out of what it compiles. For a process in which nothing is compiled; SGD's and AdamW's own steps import it nevertheless."""
+    from torch.optim import Optimizer
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        function = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        if function is not None and not hasattr(function, "__dynamo_disable"):
+            setattr(function, "__dynamo_disable", function)    # where torch/_compile.py keeps what the compiler made of it
+
+
 def import_torchvision():
     """torchvision, importable also where its CUDA wheel lies beside a CPU build of torch.
 

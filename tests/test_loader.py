@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from seresnet import runtime
+from seresnet import loader, runtime
 from seresnet.beton import BetonError, write_beton
 from seresnet.loader import BatchLoader, LoaderError, epoch_order, holdout_split
 
@@ -169,6 +169,23 @@ def test_several_passes_at_once_do_not_disturb_each_other(noise):
         for one, two in zip(batches.epoch(0), batches.epoch(1)):
             for batch in (one, two):
                 assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), split.images[batch.indices.numpy()])
+
+
+def test_buffers_are_made_outside_the_inference_mode_of_an_evaluation(noise, monkeypatch):
+    """FFCV's thread copies to a GPU into buffers that are made with the reader, and it is in no inference mode."""
+    modes, build = [], loader._build_ffcv_loader
+    reading = loader._reading()
+
+    class Watched(reading):
+        def __init__(self, *arguments):
+            modes.append(torch.is_inference_mode_enabled())
+            super().__init__(*arguments)
+    monkeypatch.setattr(loader, "_reading", lambda: Watched)
+    monkeypatch.setattr(loader, "_build_ffcv_loader", lambda *a: (modes.append(torch.is_inference_mode_enabled()), build(*a))[1])
+    with BatchLoader(noise[0], batch_size=50, device=CPU, mode="stream") as batches, torch.inference_mode():
+        assert len(collect(batches.epoch(0))[1]) == 3
+        assert torch.is_inference_mode_enabled()
+    assert modes == [False, False]
 
 
 # -- faults -------------------------------------------------------------------------------------------------------------

@@ -127,3 +127,23 @@ print(torch.get_num_threads(), numba.typed.Dict is before, IMAGE_MODES, runtime.
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout == "2 True {'jpg': 0, 'raw': 1} True\n", done.stderr
+
+
+def test_a_training_with_muon_starts_without_torchs_compiler():
+    done = run_python("""
+import sys, torch
+from seresnet import config, loop, optim, runtime
+runtime.leave_the_compiler_alone()
+settings = config.read_file("rn_configs/se94.yaml")
+model = loop.build_model(config.build({**settings, "model.classes": 10, "model.image_size": 32, "model.initialisation": "orthogonal"}))
+optimizer = optim.build_optimizer(model, name="muon", lr=0.1)
+model(torch.randn(2, 3, 32, 32)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+assert optimizer.param_groups[0]["params"][0].grad is None and len(optimizer.state) > 5
+import torch._dynamo
+assert torch.compile(model, backend="eager")(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+""")
+    assert done.returncode == 0, done.stderr
