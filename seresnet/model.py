@@ -225,7 +225,7 @@ class SEResNet(nn.Module):
         weight = self.stem[0].weight
         patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         covariance = patches.double().T @ patches.double() / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)    # ascending; columns are the directions
+        values, vectors = torch.linalg.eigh(covariance.cpu())    # ascending; columns are the directions. A GPU would load a library for it
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
         with torch.no_grad():
             weight.copy_(torch.cat([filters, -filters]))

@@ -232,3 +232,17 @@ def test_both_ways_to_a_convolutions_gradient_are_timed(tmp_path):
     assert all(0 < seconds < 10 for result in kept["results"] for seconds in result["seconds"].values())
     wrong = shell("--sides", "32", "--rounds", "0")
     assert wrong.returncode == 2 and "--sides: got 32, expected 31 and fewer" in wrong.stderr and "--rounds: got 0" in wrong.stderr
+
+
+def test_what_the_host_costs_a_step_is_counted(series, tmp_path):
+    def shell(*arguments):
+        return subprocess.run([sys.executable, "-m", "benchmarks.launches", "--config-file", series[0][2], *arguments], cwd=ROOT, text=True,
+                              capture_output=True)
+    done = shell("--run.device", "cpu", "--steps", "2", "--rounds", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "| on the processor |" in done.stdout and "with graphs" not in done.stdout
+    found, = json.loads((tmp_path / "launches.json").read_text())["ways"].values()
+    assert len(found["seconds"]) == 3 and all(0 < value < 10 for value in found["seconds"])
+    assert found["launches"] > 50 and 0 < found["busy_seconds"] < 10
+    wrong = shell("--steps", "0")
+    assert wrong.returncode == 2 and "--steps: got 0, expected 1 and more" in wrong.stderr

@@ -1,5 +1,7 @@
 """Recordings of a step do what the step itself does. Those of a GPU are tested where there is one; what goes into them and comes out
 of them everywhere, by a recorder that computes again."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 from seresnet import loop
 from seresnet.config import build
 from seresnet.graphs import Replays, cuda_graphs
-from test_loop import betons    # noqa: F401 a fixture
+from test_loop import betons, folder_of, weights_hash    # noqa: F401 the first is a fixture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
 
@@ -119,15 +121,35 @@ def test_an_argument_is_copied_not_kept():
         net.zero_grad(set_to_none=True)
 
 
+def settings(betons, folder, **changes):
+    return build({"model.classes": 3, "model.image_size": 16, "model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block",
+                  "loader.batch_size": 16, "augment.sides": [12, 16], "optim.name": "muon", "optim.lr": 0.05, "loop.epochs": 4,
+                  "report.folder": str(folder), "report.curves": False, **betons, **{k.replace("__", "."): v for k, v in changes.items()}})
+
+
+@pytest.mark.parametrize("changes", [{}, {"optim__ema_decay": 0.9, "optim__clip_norm": 1.0}, {"loop__hardest": [1, 0.5]},
+                                     {"loader__drop_last": False, "optim__name": "sgd"}], ids=lambda changes: ", ".join(changes) or "plain")
+def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monkeypatch, changes):
+    log, whole = {"replays": 0}, loop.open_session
+
+    def with_recordings(*arguments):
+        session = whole(*arguments)
+        log.update(parameters=list(session.model.parameters()), buffers=list(session.model.buffers()))
+        return replace(session, replays=Replays(session.model.parameters(), computing_again(log)))
+    outcomes = [loop.fit(settings(betons, tmp_path / "plain", run__device="cpu", **changes), ["test"])]
+    monkeypatch.setattr(loop, "open_session", with_recordings)
+    outcomes.append(loop.fit(settings(betons, tmp_path / "recorded", run__device="cpu", **changes), ["test"]))
+    assert outcomes[0]["loss"] == outcomes[1]["loss"] and outcomes[0]["accuracy"] == outcomes[1]["accuracy"] > 0.6
+    one, other = (weights_hash(folder_of(tmp_path / name)) for name in ("plain", "recorded"))
+    assert one == other and log["replays"] > 20
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-@pytest.mark.parametrize("changes", [{"run.precision": "fp32"}, {"run.precision": "bf16"}, {"run.precision": "fp16", "optim.name": "sgd"},
-                                     {"loader.mode": "stream"}, {"model.dropout": 0.3}], ids=lambda changes: ", ".join(changes))
+@pytest.mark.parametrize("changes", [
+    {"run__precision": "fp32"}, {"run__precision": "bf16"}, {"run__precision": "fp16", "optim__name": "sgd"}, {"loader__mode": "stream"},
+    {"model__dropout": 0.3}], ids=lambda changes: ", ".join(map(str, changes.values())))
 def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, changes):
-    outcomes = []
-    for graphs in (True, False):
-        settings = {"model.classes": 3, "model.image_size": 16, "model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block", "loader.batch_size": 16, "augment.sides": [12, 16],
-                    "optim.name": "muon", "optim.lr": 0.05, "loop.epochs": 4, "report.folder": str(tmp_path / str(graphs)),
-                    "run.device": "cuda", "run.cuda_graphs": graphs, **betons, **changes}
-        outcomes.append(loop.fit(build(settings), ["test"]))
+    outcomes = [loop.fit(settings(betons, tmp_path / str(graphs), run__device="cuda", run__cuda_graphs=graphs, **changes), ["test"])
+                for graphs in (True, False)]
     assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], abs=0.03)
     assert outcomes[0]["accuracy"] > 0.8
