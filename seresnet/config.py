@@ -214,6 +214,7 @@ class Report:
     folder: str = key("runs", "where run folders are created")
     curves: bool = key(True, "draw curves.png at the end")
     tensorboard: bool = key(False, "write TensorBoard events into the run folder (pip install tensorboard)")
+    wandb: bool = key(False, "tell Weights & Biases of every epoch (pip install wandb; wandb login)")
 
 
 @dataclass(frozen=True)

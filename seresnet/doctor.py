@@ -21,6 +21,7 @@ OPTIONAL = {
     "matplotlib": ("pictures", "pip install matplotlib, or --report.curves false"),
     "tqdm": ("progress bars", "pip install tqdm"),
     "pyarrow": ("parquet files", "pip install pyarrow"), "tensorboard": ("report.tensorboard", "pip install tensorboard"),
+    "wandb": ("report.wandb", "pip install wandb"),
     "onnxruntime": ("export to ONNX", "pip install onnx onnxscript onnxruntime")}
 
 

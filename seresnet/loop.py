@@ -332,8 +332,9 @@ def fit(config: Config, command: Sequence[str]) -> dict:
     runtime.set_threads(config.run.threads, of)
     if not config.run.compile:
         runtime.leave_the_compiler_alone()
-    if config.report.tensorboard:
-        report.require_tensorboard()
+    for package in ("tensorboard", "wandb"):
+        if getattr(config.report, package):
+            report.require(package)
     with join(of, device) as ranks:
         begun, stage = begun_before(config, ranks)
         if stage == "report.json":
@@ -372,6 +373,8 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                     folder.write_resumption({**environment, "epoch": state["epoch"], "batches_done": state["batches_done"]})
                 if config.report.tensorboard and ranks.main:
                     folder.open_tensorboard()
+                if config.report.wandb and ranks.main:
+                    folder.open_wandb(config.as_dict())
             path = Path(ranks.broadcast(str(folder.path if folder else "").encode()).decode())
             with closing(folder or report.NoFolder(path)) as folder:
                 if not ranks.main:

@@ -9,6 +9,7 @@ python -m seresnet.report runs/* [--csv FILE] [--picture FILE]
     curves.png         loss, accuracy and learning rate over the epochs
     last.pt, best.pt, weights.pt    written by checkpoint.py
     events.out.tfevents...          with report.tensorboard
+    wandb/, wandb-id                with report.wandb
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import io
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,12 +45,16 @@ class RunFolder:
     path: Path
     log_file: IO[str]    # open and locked: no other process trains into this folder meanwhile
     records: list[dict] = field(default_factory=list)
-    writers: list = field(default_factory=list)    # of TensorBoard
+    writers: list = field(default_factory=list)    # of TensorBoard, of Weights & Biases
 
     def open_tensorboard(self) -> None:
         """From now on, `log` also writes TensorBoard events into the folder."""
         from torch.utils.tensorboard import SummaryWriter
         self.writers.append(SummaryWriter(str(self.path)))
+
+    def open_wandb(self, config: Mapping) -> None:
+        """From now on, `log` also tells Weights & Biases; a run that goes on goes on there, too. Raises UserError where it refuses."""
+        self.writers.append(_Wandb(self.path, config))
 
     def write_start(self, config: Mapping, environment: Mapping) -> None:
         """Write config.yaml and environment.json."""
@@ -107,6 +113,34 @@ class RunFolder:
         write_text(self.path / name, _json(content, indent=1) + "\n")
 
 
+class _Wandb:
+    """Weights & Biases, taken as TensorBoard's writer is."""
+
+    def __init__(self, path: Path, config: Mapping):
+        import wandb
+        known = path / "wandb-id"
+        if not known.exists():
+            write_text(known, secrets.token_hex(8))
+        try:
+            self._run = wandb.init(project="seresnet", name=path.name, id=known.read_text(), resume="allow", dir=str(path),
+                                   config=dict(config), settings=wandb.Settings(console="off"))
+        except wandb.errors.Error as error:
+            raise UserError(f"report.wandb: {error}: `wandb login`, or WANDB_MODE=offline and `wandb sync` later, or leave it false"
+                            ) from error
+        self._row: dict[str, float] = {}
+        self._epoch = 0
+
+    def add_scalar(self, name: str, value: float, epoch: int) -> None:
+        self._row[name], self._epoch = value, epoch
+
+    def flush(self) -> None:
+        self._run.log(self._row, step=self._epoch, commit=True)
+        self._row = {}
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class NoFolder(RunFolder):
     """What the other processes of a training have in place of its run folder: it keeps the records and writes nothing."""
 
@@ -114,6 +148,9 @@ class NoFolder(RunFolder):
         super().__init__(path, io.StringIO())
 
     def open_tensorboard(self) -> None:
+        """Nothing."""
+
+    def open_wandb(self, config: Mapping) -> None:
         """Nothing."""
 
     def write_start(self, config: Mapping, environment: Mapping) -> None:
@@ -162,12 +199,10 @@ def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") 
     raise UserError(f"report.folder: {path} and 998 names like it are taken: choose another place")
 
 
-def require_tensorboard() -> None:
-    """Raise UserError where TensorBoard events cannot be written."""
-    try:
-        import torch.utils.tensorboard
-    except ImportError as error:
-        raise UserError("report.tensorboard: tensorboard is not installed: pip install tensorboard, or leave it false") from error
+def require(package: str) -> None:
+    """Raise UserError where `package`, of the key of its name, is not installed: tensorboard or wandb."""
+    if not runtime.is_installed(package):
+        raise UserError(f"report.{package}: {package} is not installed: pip install {package}, or leave it false")
 
 
 def open_run_folder(path: Path) -> RunFolder:

@@ -19,7 +19,7 @@ LAYERS = [{"kernels"}, {"compiled"}, {"runtime", "clock", "conv", "norm", "pool"
 TORCH_ONLY = {"augment", "conv", "graphs", "norm", "pool", "model", "loss", "optim", "clock", "tta", "synced"}
 DOORS = {"fastargs": {"config"}, "ffcv": {"loader", "runtime"}, "torchvision": {"runtime", "cifar"}, "pyarrow": {"sources"},
          "matplotlib": {"pictures"}, "tqdm": {"report"}, "yaml": {"config", "report"}, "sklearn": {"sources"},
-         "onnxruntime": {"export"}, "numba": {"loader", "runtime", "compiled", "kernels"}}
+         "onnxruntime": {"export"}, "wandb": {"report"}, "numba": {"loader", "runtime", "compiled", "kernels"}}
 
 
 def imports(path):

@@ -161,3 +161,40 @@ def test_tensorboard_events_are_those_of_the_log(tmp_path):
     events.Reload()
     assert [e.value for e in events.Scalars("train_loss")] == pytest.approx([r["train_loss"] for r in RECORDS[:3]])
     assert [e.step for e in events.Scalars("train_loss")] == [r["epoch"] for r in RECORDS[:3]]
+
+
+def test_weights_and_biases_is_told_what_the_log_holds(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, ids = report.create_run_folder(tmp_path, "x"), []
+    for first in (0, 2):    # a run, and the same one gone on with
+        folder.open_wandb({"optim": {"lr": 0.1}})
+        run = folder.writers[-1]._run
+        for record in RECORDS[first:first + 2]:
+            folder.log(record)
+        assert run.config["optim"] == {"lr": 0.1} and run.name == folder.path.name
+        assert run.summary["train_loss"] == pytest.approx(record["train_loss"]) and run.summary["_step"] == record["epoch"]
+        ids.append(run.id)
+        folder.close()
+        if not first:
+            folder = report.open_run_folder(folder.path)
+    assert ids[0] == ids[1] and list((folder.path / "wandb").glob("offline-run-*"))
+    assert wandb.run is None
+
+
+def test_what_weights_and_biases_refuses_is_said(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("no API key configured")
+    monkeypatch.setattr(wandb, "init", refuse)
+    folder = report.create_run_folder(tmp_path, "x")
+    with pytest.raises(UserError, match="report.wandb: no API key configured: `wandb login`"):
+        folder.open_wandb({})
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"report.{package}: {package} is not installed: pip install {package}"):
+        report.require(package)
