@@ -2,7 +2,7 @@
 
 The loop that is measured is training's own (seresnet.loop.train_epoch); its parts are handed in wrapped in stop-watch
 lanes. A warm-up of a few steps and one evaluation batch stays outside the clock. On a GPU every lane waits for the
-device at its edges, so the parts are right and their sum is a little more than an undisturbed epoch takes. Epochs are of all
+device at its edges, so the parts are right and their sum is more than an undisturbed epoch takes, which also replays CUDA graphs there. Epochs are of all
 images: one on a share of them (loop.hardest) takes that share of the time.
 """
 from __future__ import annotations

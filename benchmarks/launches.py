@@ -1,6 +1,6 @@
 """What the host costs a step: python -m benchmarks.launches --config-file rn_configs/se94.yaml [--steps 20] [--rounds 5] [--out DIR]
 
-Whole steps of the recipe's training (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, in turns: seconds a
+Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, in turns: seconds a
 step, how often the host starts something on the device, and how long the device is at work. Where it idles, the host sets the pace.
 Without a CUDA GPU there are no graphs: then there is one row, of what the processor does by itself.
 """
@@ -50,9 +50,15 @@ def looked_into(steps, count: int, device) -> dict[str, float]:
     if device.type != "cuda":
         own = [event for event in events if event.name.startswith("aten::")]
         return {"launches": len(own) / count, "kernels": len(own) / count, "busy_seconds": sum(e.self_cpu_time_total for e in own) / 1e6 / count}
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = on_the_device(events)
     return {"launches": sum(event.name in LAUNCHES for event in events) / count, "kernels": len(kernels) / count,
             "busy_seconds": sum(event.device_time_total for event in kernels) / 1e6 / count}
+
+
+def on_the_device(events) -> list:
+    """Kernels and copies; not the spans that torch puts around them (one around every step of an optimizer), which count them again."""
+    import torch
+    return [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
 
 
 def main() -> None:
@@ -66,12 +72,14 @@ def main() -> None:
         raise runtime.UserError(*problems)
     if settings.run.tune_allocator:
         runtime.tune_allocator(settings.run.device)
+    import torch
     device = runtime.pick_device(settings.run.device)
     runtime.set_threads(settings.run.threads)
     ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
     results, opened = {}, {}
     for way, graphs in ways.items():
         opened[way] = stepper(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device)
+        torch.backends.cudnn.benchmark = opened[way][1].tries_algorithms    # as a training of this recipe does
         opened[way][0](5)
         results[way] = {"seconds": []}
     for _ in range(own.rounds):
@@ -85,7 +93,7 @@ def main() -> None:
                      f"{found['launches']:.0f}", f"{found['kernels']:.0f}", f"{1e3 * found['busy_seconds']:.2f}", f"{found['busy_seconds'] / median:.0%}"))
         session.__exit__()
     print(report.table(("a step", "milliseconds (fastest to slowest)", "launches", "kernels", "device busy, ms", "share"), rows))
-    print(f"medians of {own.rounds} rounds of {own.steps} steps of {settings.loader.batch_size} images, on {device}")
+    print(f"medians of {own.rounds} rounds of {own.steps} steps of {settings.loader.batch_size} images, as in the recipe's first epoch, on {device}")
     keep(own.out, "launches", settings.recipe, {"steps": own.steps, "rounds": own.rounds, "batch": settings.loader.batch_size, "ways": results})
 
 

@@ -9,15 +9,22 @@ from torch import nn
 Recorder = Callable[[Callable[[], Sequence[torch.Tensor]]], tuple[Callable[[], None], Sequence[torch.Tensor]]]
 
 
+class NotRecorded(RuntimeError):
+    """A step could not be recorded; it says why."""
+
+
 class Replays:
     """Computes as a function does that fills the gradients of `parameters`, the third time on from a recording.
 
     A small net's kernels take less time on a GPU than the host takes to launch them one by one. Of each shape of input the first
     call is an ordinary one, in which libraries choose their algorithms and take their memory; the second records; from then on
-    the recording is replayed, on the arguments copied to where it expects them. All recordings share their memory, which they keep.
+    the recording is replayed, on the arguments copied to where it expects them. Recordings share the memory that they work in; what
+    goes in and comes out, gradients too, each has of its own, and all of it is kept.
 
     record(work) -> (replay, results) of work() -> results: `cuda_graphs()` on a GPU. What is recorded may not wait for the device,
-    nor do anything on the host that matters. Results and gradients are valid until the next call.
+    nor do anything on the host that matters. Results and gradients are valid until the next call. `recordings` counts them.
+
+    Raises NotRecorded where `record` fails.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], record: Recorder):
@@ -30,6 +37,11 @@ class Replays:
         recording serves whatever later function is handed in here: they have to be the same in effect."""
         return lambda *inputs: self._run(compute, inputs)
 
+    @property
+    def recordings(self) -> int:
+        """How many there are."""
+        return len(self._recordings)
+
     def _run(self, compute: Callable, inputs: Sequence) -> Sequence[torch.Tensor]:
         key = tuple((value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value for value in inputs)
         if key not in self._seen:
@@ -39,7 +51,10 @@ class Replays:
             own = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
             for parameter in self._parameters:
                 parameter.grad = None    # so that backward makes them, where the recording will fill them again
-            replay, results = self._record(lambda: compute(*own))
+            try:
+                replay, results = self._record(lambda: compute(*own))
+            except RuntimeError as error:    # also out of memory, which what ends a recording may have hidden
+                raise NotRecorded(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
             self._recordings[key] = own, replay, results, [parameter.grad for parameter in self._parameters]
         own, replay, results, gradients = self._recordings[key]
         for kept, value in zip(own, inputs):

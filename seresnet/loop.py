@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -21,7 +21,7 @@ from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import SECTIONS, Config, contradictions
 from seresnet.evaluate import Evaluation, evaluate
-from seresnet.graphs import Replays, cuda_graphs
+from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
 from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters
@@ -33,7 +33,7 @@ from seresnet.synced import expect, synchronise
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 # On the weights: may change when a run goes on. Where a beton lies is nothing beside its bytes, which are compared.
-WITHOUT_EFFECT = {"run.resume", "run.folder", "beton", "checkpoint", "report"}
+WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "beton", "checkpoint", "report"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
@@ -209,6 +209,11 @@ class Session:
     def _first_steps(self) -> list[int]:
         return list(accumulate(map(self.steps, range(self.config.loop.epochs)), initial=0))
 
+    @property
+    def tries_algorithms(self) -> bool:
+        """Whether the run has so many steps that cuDNN may try its algorithms first."""
+        return self.first_step(self.config.loop.epochs) > MANY_STEPS
+
     def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches that `epoch` trains on, from its `first_batch` on: of all images, or of the hardest."""
         only, count = None, self.samples(epoch)
@@ -304,12 +309,16 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16)
     if average:
         follow(average, model, optimizer)
-    graphs = config.run.cuda_graphs and device.type == "cuda" and ranks.world == 1 and not config.run.compile
     return Session(config, data, device, dtype, model, optimizer,
                    torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
                    train_batches, test_batches, ranks, average,
                    Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
-                   Replays(model.parameters(), cuda_graphs()) if graphs else None)
+                   Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
+
+
+def wants_graphs(config: Config, device: torch.device, processes: int) -> bool:
+    """Whether steps are replayed as CUDA graphs: exchanges between processes, and a compiler's work, are not recorded."""
+    return config.run.cuda_graphs and device.type == "cuda" and processes == 1 and not config.run.compile
 
 
 def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
@@ -352,7 +361,7 @@ def fit(config: Config, command: Sequence[str]) -> dict:
             config = replace(config, recipe=state["recipe"])
         with ranks.together(), memory_explained(config, device):
             session = open_session(config, device, data, model, ranks)
-        torch.backends.cudnn.benchmark = session.first_step(config.loop.epochs) > MANY_STEPS
+        torch.backends.cudnn.benchmark = session.tries_algorithms
         with session, memory_explained(config, device):
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                            "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}
@@ -374,7 +383,12 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 if config.report.tensorboard and ranks.main:
                     folder.open_tensorboard()
                 if config.report.wandb and ranks.main:
-                    folder.open_wandb(config.as_dict())
+                    try:
+                        folder.open_wandb(config.as_dict())
+                    except runtime.UserError:
+                        if state is None:
+                            folder.abandon()
+                        raise
             path = Path(ranks.broadcast(str(folder.path if folder else "").encode()).decode())
             with closing(folder or report.NoFolder(path)) as folder:
                 if not ranks.main:
@@ -385,13 +399,19 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 return run_epochs(session, folder, state)
 
 
-def memory_explained(config: Config, device: torch.device) -> AbstractContextManager:
-    """A block whose want of memory is explained by the keys that it hangs on."""
+@contextmanager
+def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
+    """A block whose want of memory, or whose step that cannot be recorded, is explained by the keys that it hangs on."""
     side, size = config.model.image_size, config.loader.batch_size
-    return runtime.memory_explained(
-        device, f"loader.batch_size = {size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of {side} x {side} pixels",
-        f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller --model.channels, "
-        f"{'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream")
+    try:
+        with runtime.memory_explained(
+                device, f"loader.batch_size = {size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of {side} x {side} "
+                "pixels", f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller "
+                f"--model.channels, {'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream"):
+            yield
+    except NotRecorded as error:
+        raise runtime.UserError(f"run.cuda_graphs: a step could not be recorded ({error}): --run.cuda_graphs false does without; where "
+                                f"memory was short, --loader.batch_size {max(1, size // 2)} may help") from error
 
 
 def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
@@ -652,7 +672,7 @@ def facts(session: Session) -> dict[str, str | int]:
     return {"device": str(session.device), "precision": str(session.dtype).removeprefix("torch."),
             "parameters": count_parameters(session.model), "train_images": train.samples,
             "evaluation_images": test.samples, "loader": train.mode, "steps_per_epoch": len(train),
-            "classes": len(session.data.train.classes), "torch_threads": torch.get_num_threads(),
+            "classes": len(session.data.train.classes), "cuda_graphs": session.replays is not None, "torch_threads": torch.get_num_threads(),
             "allocator": runtime.allocator_state(), "processes": session.ranks.world}
 
 

@@ -21,9 +21,10 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,11 +80,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path / 'log.jsonl'}: cannot be written ({error.strerror}): free space there; --run.resume "
                             f"{self.path} then goes on") from error
-        for writer in self.writers:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, record["epoch"])
-            writer.flush()
+        self._tell(lambda writer: _add(writer, record))
 
     def rewind(self, records: Iterable[Mapping]) -> None:
         """Make log.jsonl hold `records` and nothing else: what was logged after the checkpoint will be trained again."""
@@ -96,12 +93,26 @@ class RunFolder:
         """Leave the folder to others."""
         with suppress(OSError):    # what could not be written was said when it was logged
             self.log_file.close()
-        for writer in self.writers:
-            writer.close()
+        self._tell(lambda writer: writer.close())
+
+    def abandon(self) -> None:
+        """Remove the folder, in which nothing was trained."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _tell(self, what: Callable[[object], None]) -> None:
+        """Do `what` with every writer. One that fails is left out from then on: what it shows is in log.jsonl, and the training matters."""
+        for writer in list(self.writers):
+            try:
+                what(writer)
+            except Exception as error:    # a network's, a disk's, or whatever these libraries raise
+                self.writers.remove(writer)
+                say(f"{type(writer).__module__.partition('.')[0]} is told nothing more: {type(error).__name__}: {error}")
 
     def write_report(self, outcome: Mapping, curves: bool) -> None:
         """Write report.json, and curves.png where asked for."""
         self._write_json("report.json", outcome)
+        self._tell(lambda writer: writer.conclude(outcome) if isinstance(writer, _Wandb) else None)
         if curves:
             try:
                 draw_curves(self.records, outcome, self.path / "curves.png")
@@ -114,7 +125,7 @@ class RunFolder:
 
 
 class _Wandb:
-    """Weights & Biases, taken as TensorBoard's writer is."""
+    """Weights & Biases, taken as TensorBoard's writer is. A run that goes on has the id that it had."""
 
     def __init__(self, path: Path, config: Mapping):
         import wandb
@@ -137,8 +148,19 @@ class _Wandb:
         self._run.log(self._row, step=self._epoch, commit=True)
         self._row = {}
 
+    def conclude(self, outcome: Mapping) -> None:
+        """What report.json holds, as the run's summary."""
+        self._run.summary.update(dict(outcome))
+
     def close(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))    # an error is on its way out: the run failed
+
+
+def _add(writer, record: Mapping) -> None:
+    for name, value in record.items():
+        if isinstance(value, float):
+            writer.add_scalar(name, value, record["epoch"])
+    writer.flush()
 
 
 class NoFolder(RunFolder):

@@ -524,7 +524,8 @@ def is_installed(package: str) -> bool:
     """Whether `import package` would find something; nothing is imported."""
     if package in sys.modules:
         return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None    # without: a folder of that name, such as W&B leaves where it ran
 
 
 def pick_device(name: str, of: Launch = Launch()) -> torch.device:

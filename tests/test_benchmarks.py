@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
-from benchmarks import ddp, frontier, scaling, time_to_accuracy
+from benchmarks import ddp, frontier, launches, scaling, time_to_accuracy
 from seresnet import config, runtime
 
 ROOT = Path(__file__).parents[1]
@@ -246,3 +248,10 @@ def test_what_the_host_costs_a_step_is_counted(series, tmp_path):
     assert found["launches"] > 50 and 0 < found["busy_seconds"] < 10
     wrong = shell("--steps", "0")
     assert wrong.returncode == 2 and "--steps: got 0, expected 1 and more" in wrong.stderr
+
+
+def test_spans_around_kernels_are_no_kernels():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [SimpleNamespace(name=name, device_type=where, is_user_annotation=span) for name, where, span in (
+        ("a kernel", cuda, False), ("Optimizer.step#Muon.step", cuda, True), ("aten::add", cpu, False), ("Memcpy DtoD", cuda, False))]
+    assert [event.name for event in launches.on_the_device(events)] == ["a kernel", "Memcpy DtoD"]

@@ -10,6 +10,7 @@ from torch import nn
 from seresnet import loop
 from seresnet.config import build
 from seresnet.graphs import Replays, cuda_graphs
+from seresnet.runtime import UserError
 from test_loop import betons, folder_of, weights_hash    # noqa: F401 the first is a fixture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
@@ -59,7 +60,8 @@ def trained(device, sizes, replayed, log=None):
 
     if replayed:
         log.update(parameters=list(net.parameters()), buffers=list(net.buffers()))
-        gradients = Replays(net.parameters(), computing_again(log) if device == "cpu" else cuda_graphs()).of(gradients)
+        log["replays_of"] = Replays(net.parameters(), computing_again(log) if device == "cpu" else cuda_graphs())
+        gradients = log["replays_of"].of(gradients)
     generator, seen = torch.Generator().manual_seed(1), []
     for size in sizes:
         images = torch.randn(size, 3, 8, 8, generator=generator).to(device).to(memory_format=torch.channels_last)
@@ -78,7 +80,7 @@ def test_replayed_steps_are_the_steps_themselves(device):
     assert len(plain) == len(replayed)
     for one, other in zip(plain, replayed):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert device != "cpu" or log["replays"] == len(sizes) - 2
+    assert log["replays_of"].recordings == 2 and (device != "cpu" or log["replays"] == len(sizes) - 2)
 
 
 def test_another_layout_or_number_is_another_recording():
@@ -148,8 +150,29 @@ def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monke
 @pytest.mark.parametrize("changes", [
     {"run__precision": "fp32"}, {"run__precision": "bf16"}, {"run__precision": "fp16", "optim__name": "sgd"}, {"loader__mode": "stream"},
     {"model__dropout": 0.3}], ids=lambda changes: ", ".join(map(str, changes.values())))
-def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, changes):
+def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypatch, changes):
+    sessions, whole = [], loop.open_session
+    monkeypatch.setattr(loop, "open_session", lambda *arguments: sessions.append(whole(*arguments)) or sessions[-1])
     outcomes = [loop.fit(settings(betons, tmp_path / str(graphs), run__device="cuda", run__cuda_graphs=graphs, **changes), ["test"])
                 for graphs in (True, False)]
     assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], abs=0.03)
     assert outcomes[0]["accuracy"] > 0.8
+    assert sessions[0].replays.recordings == 2 and sessions[1].replays is None    # one for crops, one for whole images
+
+
+@pytest.mark.parametrize("device, processes, changes, wanted", [
+    ("cuda", 1, {}, True), ("cuda:1", 1, {}, True), ("cpu", 1, {}, False), ("cuda", 2, {}, False), ("cuda", 1, {"run__compile": True}, False),
+    ("cuda", 1, {"run__cuda_graphs": False}, False)])
+def test_where_steps_are_recorded(betons, tmp_path, device, processes, changes, wanted):
+    assert loop.wants_graphs(settings(betons, tmp_path, **changes), torch.device(device), processes) == wanted
+
+
+def test_a_step_that_cannot_be_recorded_names_the_key(betons, tmp_path, monkeypatch):
+    whole = loop.open_session
+
+    def record(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    monkeypatch.setattr(loop, "open_session", lambda *arguments: replace(whole(*arguments), replays=Replays([], record)))
+    with pytest.raises(UserError, match=r"run.cuda_graphs: .*\(RuntimeError: operation not permitted when stream is capturing\): "
+                                        "--run.cuda_graphs false"):
+        loop.fit(settings(betons, tmp_path, run__device="cpu"), ["test"])

@@ -590,6 +590,12 @@ def test_a_changed_config_is_refused_with_the_differences(betons, tmp_path, monk
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_run_goes_on_without_the_graphs_that_it_had_no_memory_for(betons, tmp_path, monkeypatch):
+    folder = stopped_run(betons, tmp_path, monkeypatch)
+    train(betons, tmp_path, run__resume=str(folder), run__cuda_graphs=False)
+    assert (folder / "report.json").exists()
+
+
 def test_the_same_data_in_another_place_and_keys_that_came_later_are_no_change(betons, tmp_path, monkeypatch):
     folder = stopped_run(betons, tmp_path / "runs", monkeypatch)
     state = checkpoint.load(folder / "last.pt")

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from seresnet import pictures, report
-from seresnet.runtime import UserError
+from seresnet.runtime import NonFiniteLoss, UserError
+from test_loop import betons, train    # noqa: F401 the first is a fixture
 
 RECORDS = [{"epoch": i, "steps": 10 * i, "learning_rate": 0.1 / i, "train_loss": 2.0 / i, "train_accuracy": 1 - 0.5 / i,
             "test_loss": 2.1 / i if i % 2 else None, "test_accuracy": 1 - 0.6 / i if i % 2 else None,
@@ -182,15 +183,64 @@ def test_weights_and_biases_is_told_what_the_log_holds(tmp_path, monkeypatch):
     assert wandb.run is None
 
 
-def test_what_weights_and_biases_refuses_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize("explicit", [True, False])
+def test_what_weights_and_biases_refuses_is_said_and_leaves_nothing_behind(betons, tmp_path, monkeypatch, explicit):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**_):
         raise wandb.errors.UsageError("no API key configured")
     monkeypatch.setattr(wandb, "init", refuse)
-    folder = report.create_run_folder(tmp_path, "x")
+    where = {"run__folder": str(tmp_path / "mine")} if explicit else {}
     with pytest.raises(UserError, match="report.wandb: no API key configured: `wandb login`"):
-        folder.open_wandb({})
+        train(betons, tmp_path, report__wandb=True, **where)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_and_biases_learns_how_a_training_ended(betons, tmp_path, monkeypatch, fails):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs, ends, begin = [], [], wandb.init
+
+    def init(**arguments):
+        runs.append(begin(**arguments))
+        finish = runs[-1].finish
+        monkeypatch.setattr(runs[-1], "finish", lambda exit_code: (ends.append((exit_code, dict(runs[-1].summary))), finish(exit_code))[1])
+        return runs[-1]
+    monkeypatch.setattr(wandb, "init", init)
+    if fails:
+        with pytest.raises(NonFiniteLoss):
+            train(betons, tmp_path, report__wandb=True, optim__lr=1e30)
+        assert [code for code, _ in ends] == [1]
+    else:
+        outcome = train(betons, tmp_path, report__wandb=True)
+        (code, summary), = ends
+        assert code == 0 and summary["accuracy_tta"] == outcome["accuracy_tta"] and summary["_step"] == 3
+
+
+def test_a_writer_that_fails_is_left_out_and_the_log_goes_on(tmp_path, capsys):
+    class Broken:
+        def add_scalar(self, *_):
+            raise ConnectionError("network is unreachable")
+
+    class Whole:
+        seen, closed = [], False
+
+        def add_scalar(self, name, value, epoch):
+            self.seen.append((name, epoch))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            Whole.closed = True
+    folder = report.create_run_folder(tmp_path, "x")
+    folder.writers.extend([Broken(), Whole()])
+    for record in RECORDS[:2]:
+        folder.log(record)
+    folder.close()
+    assert capsys.readouterr().out.count("is told nothing more: ConnectionError: network is unreachable") == 1
+    assert ("train_loss", 2) in Whole.seen and Whole.closed and len((folder.path / "log.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

@@ -1,4 +1,5 @@
 """runtime: exit statuses, the allocator's restart, seeds that do not overlap, choices of device and number format."""
+import importlib
 import os
 import subprocess
 import sys
@@ -147,3 +148,12 @@ import torch._dynamo
 assert torch.compile(model, backend="eager")(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 """)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bare_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "a_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not runtime.is_installed("a_tracker")
+    (tmp_path / "a_tracker/__init__.py").touch()
+    importlib.invalidate_caches()
+    assert runtime.is_installed("a_tracker") and runtime.is_installed("torch") and not runtime.is_installed("no_such_package")
