@@ -127,8 +127,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 replay: Callable[[Callable], Callable] = lambda gradients: gradients,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
-    """One pass over `batches` (of loader.Batch). No step after the first, which makes the constants, waits for the device, but
-    for float16's scaler, which asks whether the gradients are finite; the totals are read once.
+    """One pass over `batches` (of loader.Batch). No step waits for the device but the first, which makes the constants, one that is
+    recorded, and with float16 its scaler, which asks whether the gradients are finite; the totals are read once.
 
     augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
