@@ -6,6 +6,22 @@ from pathlib import Path
 from seresnet import runtime
 
 
+def problems_with(own, **least: int) -> list[str]:
+    """A line for each of a benchmark's own arguments that is below its least value."""
+    return [f"--{name.replace('_', '-')}: got {getattr(own, name)}, expected {value} and more" for name, value in least.items()
+            if getattr(own, name) < value]
+
+
+def device_of(settings):
+    """The device of `settings`, with the allocator and the threads that a training there has. Before torch is imported: it may start the
+    program again."""
+    if settings.run.tune_allocator:
+        runtime.tune_allocator(settings.run.device)
+    device = runtime.pick_device(settings.run.device)
+    runtime.set_threads(settings.run.threads)
+    return device
+
+
 def keep(folder: str | None, name: str, recipe: str, result: dict) -> None:
     """Write `<folder>/<name>.json`: the result with the machine, versions, commit and command that gave it; nothing
     without a folder."""

@@ -2,8 +2,8 @@
 
 The loop that is measured is training's own (seresnet.loop.train_epoch); its parts are handed in wrapped in stop-watch
 lanes. A warm-up of a few steps and one evaluation batch stays outside the clock. On a GPU every lane waits for the
-device at its edges, so the parts are right and their sum is more than an undisturbed epoch takes, which also replays CUDA graphs there. Epochs are of all
-images: one on a share of them (loop.hardest) takes that share of the time.
+device at its edges, so the parts are right and their sum is more than an undisturbed epoch takes, which also replays CUDA
+graphs there. Epochs are of all images: one on a share of them (loop.hardest) takes that share of the time.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import itertools
 import statistics
 import sys
 
-from benchmarks import keep
+from benchmarks import device_of, keep
 from seresnet import config, runtime
 
 LANES = ("data_wait", "augmentation", "forward", "backward", "optimizer", "rest", "evaluation")
@@ -139,15 +139,9 @@ def main() -> None:
     settings, own = config.parse(sys.argv[1:], parser)
     if own.epochs < 1:
         raise runtime.UserError(f"--epochs: got {own.epochs}, expected at least 1")
-    if settings.run.tune_allocator:
-        runtime.tune_allocator(settings.run.device)
-    import torch
-
+    device = device_of(settings)
     from seresnet import loop
     from seresnet.optim import stepwise
-    device = runtime.pick_device(settings.run.device)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
     settings, data, model = loop.prepare(settings)
     # the first epochs are timed: where the recipe crops, they see crops
     flop = flop_an_image(model, stepwise(settings.augment.sides, 0, settings.loop.epochs, settings.model.image_size))

@@ -11,41 +11,45 @@ import itertools
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
-from benchmarks import keep
+from benchmarks import device_of, keep, problems_with
 from seresnet import config, report, runtime
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaMemsetAsync",
             "cudaGraphLaunch")
 
 
-def stepper(settings, device):
-    """(steps(count), which trains so many steps and waits for the device; the session, to be closed)."""
+def opened(settings, device):
+    """A training's session, to be left as a block is."""
+    from seresnet import loop
+    settings, data, model = loop.prepare(settings)
+    return loop.open_session(settings, device, data, model)
+
+
+def steps(session, count: int) -> float:
+    """Seconds of `count` steps of training, until the device has done them."""
     import torch
 
     from seresnet import loop
-    settings, data, model = loop.prepare(settings)
-    session = loop.open_session(settings, device, data, model)
-
-    def steps(count: int) -> float:
-        started = time.perf_counter()
-        epochs = itertools.cycle(itertools.chain.from_iterable(session.train_batches.epoch(epoch) for epoch in range(settings.loop.epochs)))
-        loop.train_epoch(session.model, itertools.islice(epochs, count), **session.parts(0))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-    return steps, session
+    started = time.perf_counter()
+    batches = itertools.chain.from_iterable(map(session.train_batches.epoch, itertools.count()))
+    loop.train_epoch(session.model, itertools.islice(batches, count), **session.parts(0))
+    if session.device.type == "cuda":
+        torch.cuda.synchronize(session.device)
+    return time.perf_counter() - started
 
 
-def looked_into(steps, count: int, device) -> dict[str, float]:
+def looked_into(step, count: int, device) -> dict[str, float]:
     """Of each of `count` steps: `launches` by the host, `kernels` on the device, `busy_seconds` of it, by torch's profiler; the
     operators called, and their own time, where there is no device."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
-        steps(count)
+        step(count)
     events = profiler.events()
     if device.type != "cuda":
         own = [event for event in events if event.name.startswith("aten::")]
@@ -67,31 +71,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times of each way, in turns (default 5)")
     parser.add_argument("--out", help="folder for launches.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
-    problems = [f"--{name}: got {getattr(own, name)}, expected 1 and more" for name in ("steps", "rounds") if getattr(own, name) < 1]
+    problems = problems_with(own, steps=1, rounds=1)
     if problems:
         raise runtime.UserError(*problems)
-    if settings.run.tune_allocator:
-        runtime.tune_allocator(settings.run.device)
+    device = device_of(settings)
     import torch
-    device = runtime.pick_device(settings.run.device)
-    runtime.set_threads(settings.run.threads)
     ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
-    results, opened = {}, {}
-    for way, graphs in ways.items():
-        opened[way] = stepper(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device)
-        torch.backends.cudnn.benchmark = opened[way][1].tries_algorithms    # as a training of this recipe does
-        opened[way][0](5)
-        results[way] = {"seconds": []}
-    for _ in range(own.rounds):
-        for way, (steps, _) in opened.items():
-            results[way]["seconds"].append(steps(own.steps) / own.steps)
-    rows = []
-    for way, (steps, session) in opened.items():
-        found = results[way] = {**results[way], **looked_into(steps, min(own.steps, 5), device)}
+    results, rows = {way: {"seconds": []} for way in ways}, []
+    with ExitStack() as sessions:
+        steppers = {}
+        for way, graphs in ways.items():
+            session = sessions.enter_context(opened(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device))
+            torch.backends.cudnn.benchmark = session.tries_algorithms    # as a training of this recipe does
+            steppers[way] = partial(steps, session)
+            steppers[way](5)
+        for _ in range(own.rounds):
+            for way, step in steppers.items():
+                results[way]["seconds"].append(step(own.steps) / own.steps)
+        for way, step in steppers.items():
+            results[way].update(looked_into(step, min(own.steps, 5), device))
+    for way, found in results.items():
         median = statistics.median(found["seconds"])
         rows.append((way, f"{1e3 * median:.2f} ({1e3 * min(found['seconds']):.2f} to {1e3 * max(found['seconds']):.2f})",
                      f"{found['launches']:.0f}", f"{found['kernels']:.0f}", f"{1e3 * found['busy_seconds']:.2f}", f"{found['busy_seconds'] / median:.0%}"))
-        session.__exit__()
     print(report.table(("a step", "milliseconds (fastest to slowest)", "launches", "kernels", "device busy, ms", "share"), rows))
     print(f"medians of {own.rounds} rounds of {own.steps} steps of {settings.loader.batch_size} images, as in the recipe's first epoch, on {device}")
     keep(own.out, "launches", settings.recipe, {"steps": own.steps, "rounds": own.rounds, "batch": settings.loader.batch_size, "ways": results})

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
 
-from benchmarks import keep
+from benchmarks import device_of, keep, problems_with
 from seresnet import config, report, runtime
 
 WAYS = ("torch's own layers", "convolutions side by side", "and compiled max-pooling", "and normalisation in few passes")
@@ -62,14 +62,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each way, in turns (default 9)")
     parser.add_argument("--out", help="folder for parts.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
-    problems = [f"--{name}: got {value}, expected {least} and more"
-                for name, value, least in (("rounds", own.rounds, 1), ("side", own.side, 0)) if value < least]
+    problems = problems_with(own, rounds=1, side=0)
     if problems:
         raise runtime.UserError(*problems)
-    if settings.run.tune_allocator:
-        runtime.tune_allocator(settings.run.device)
-    device = runtime.pick_device(settings.run.device)
-    runtime.set_threads(settings.run.threads)
+    device = device_of(settings)
     side = own.side or settings.model.image_size or 32
     seconds = measure(settings, device, side, own.rounds)
     first = statistics.median(seconds[WAYS[0]])

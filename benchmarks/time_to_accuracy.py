@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import keep
+from benchmarks import keep, problems_with
 from seresnet import config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
@@ -129,8 +129,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, help="accuracy with TTA, a fraction such as 0.94, that is to be reached")
     parser.add_argument("--out", default="series", help="folder for the run folders and <recipe>.json (default series)")
     settings, own = config.parse(sys.argv[1:], parser)
-    problems = [f"--{name}: got {value}, expected {least} and more" for name, value, least in
-                (("seeds", own.seeds, 1), ("first-seed", own.first_seed, 0)) if value < least]
+    problems = problems_with(own, seeds=1, first_seed=0)
     if own.target is not None and not 0 < own.target < 1:
         problems.append(f"--target: got {own.target}, expected a fraction such as 0.94")
     if settings.run.folder or settings.run.resume:

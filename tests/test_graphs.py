@@ -11,7 +11,7 @@ from seresnet import loop
 from seresnet.config import build
 from seresnet.graphs import Replays, cuda_graphs
 from seresnet.runtime import UserError
-from test_loop import betons, folder_of, weights_hash    # noqa: F401 the first is a fixture
+from test_loop import betons, folder_of, train, weights_hash    # noqa: F401 the first is a fixture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
 
@@ -123,10 +123,7 @@ def test_an_argument_is_copied_not_kept():
         net.zero_grad(set_to_none=True)
 
 
-def settings(betons, folder, **changes):
-    return build({"model.classes": 3, "model.image_size": 16, "model.blocks": [1, 1], "model.channels": [16, 32], "model.se": "block",
-                  "loader.batch_size": 16, "augment.sides": [12, 16], "optim.name": "muon", "optim.lr": 0.05, "loop.epochs": 4,
-                  "report.folder": str(folder), "report.curves": False, **betons, **{k.replace("__", "."): v for k, v in changes.items()}})
+TWO_SHAPES = {"model__channels": [16, 32], "augment__sides": [12, 16], "optim__name": "muon", "loop__epochs": 4}    # of batches
 
 
 @pytest.mark.parametrize("changes", [{}, {"optim__ema_decay": 0.9, "optim__clip_norm": 1.0}, {"loop__hardest": [1, 0.5]},
@@ -138,9 +135,9 @@ def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monke
         session = whole(*arguments)
         log.update(parameters=list(session.model.parameters()), buffers=list(session.model.buffers()))
         return replace(session, replays=Replays(session.model.parameters(), computing_again(log)))
-    outcomes = [loop.fit(settings(betons, tmp_path / "plain", run__device="cpu", **changes), ["test"])]
+    outcomes = [train(betons, tmp_path / "plain", **{**TWO_SHAPES, **changes})]
     monkeypatch.setattr(loop, "open_session", with_recordings)
-    outcomes.append(loop.fit(settings(betons, tmp_path / "recorded", run__device="cpu", **changes), ["test"]))
+    outcomes.append(train(betons, tmp_path / "recorded", **{**TWO_SHAPES, **changes}))
     assert outcomes[0]["loss"] == outcomes[1]["loss"] and outcomes[0]["accuracy"] == outcomes[1]["accuracy"] > 0.6
     one, other = (weights_hash(folder_of(tmp_path / name)) for name in ("plain", "recorded"))
     assert one == other and log["replays"] > 20
@@ -153,7 +150,7 @@ def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monke
 def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypatch, changes):
     sessions, whole = [], loop.open_session
     monkeypatch.setattr(loop, "open_session", lambda *arguments: sessions.append(whole(*arguments)) or sessions[-1])
-    outcomes = [loop.fit(settings(betons, tmp_path / str(graphs), run__device="cuda", run__cuda_graphs=graphs, **changes), ["test"])
+    outcomes = [train(betons, tmp_path / str(graphs), run__device="cuda", run__cuda_graphs=graphs, **{**TWO_SHAPES, **changes})
                 for graphs in (True, False)]
     assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], abs=0.03)
     assert outcomes[0]["accuracy"] > 0.8
@@ -161,10 +158,10 @@ def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("device, processes, changes, wanted", [
-    ("cuda", 1, {}, True), ("cuda:1", 1, {}, True), ("cpu", 1, {}, False), ("cuda", 2, {}, False), ("cuda", 1, {"run__compile": True}, False),
-    ("cuda", 1, {"run__cuda_graphs": False}, False)])
-def test_where_steps_are_recorded(betons, tmp_path, device, processes, changes, wanted):
-    assert loop.wants_graphs(settings(betons, tmp_path, **changes), torch.device(device), processes) == wanted
+    ("cuda", 1, {}, True), ("cuda:1", 1, {}, True), ("cpu", 1, {}, False), ("cuda", 2, {}, False), ("cuda", 1, {"run.compile": True}, False),
+    ("cuda", 1, {"run.cuda_graphs": False}, False)])
+def test_where_steps_are_recorded(device, processes, changes, wanted):
+    assert loop.wants_graphs(build(changes), torch.device(device), processes) == wanted
 
 
 def test_a_step_that_cannot_be_recorded_names_the_key(betons, tmp_path, monkeypatch):
@@ -175,4 +172,4 @@ def test_a_step_that_cannot_be_recorded_names_the_key(betons, tmp_path, monkeypa
     monkeypatch.setattr(loop, "open_session", lambda *arguments: replace(whole(*arguments), replays=Replays([], record)))
     with pytest.raises(UserError, match=r"run.cuda_graphs: .*\(RuntimeError: operation not permitted when stream is capturing\): "
                                         "--run.cuda_graphs false"):
-        loop.fit(settings(betons, tmp_path, run__device="cpu"), ["test"])
+        train(betons, tmp_path)
