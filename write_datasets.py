@@ -19,6 +19,8 @@ def main() -> None:
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
     source = sources.find_source(**vars(settings.sources))
     print(f"source: {source.describe()}", flush=True)
+    if source.left_out():
+        print(source.left_out(), flush=True)
     storage = {"storage": settings.beton.storage}
     if settings.beton.storage == "jpeg":
         storage["jpeg_quality"] = settings.beton.jpeg_quality
@@ -34,7 +36,8 @@ def main() -> None:
         started, split = time.perf_counter(), getattr(images, name)
         with report.CountBar(len(split.labels), name, " images") as bar:
             written = beton.write_beton(targets[name], split, classes=images.classes, name=images.name,
-                                        source=images.source, fingerprint=f"{fingerprint}/{name}", progress=bar, **storage)
+                                        source=images.source, fingerprint=f"{fingerprint}/{name}", how=source.how(), progress=bar,
+                                        **storage)
         print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
               f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
               f"read back in {time.perf_counter() - started:.1f} s", flush=True)

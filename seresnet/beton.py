@@ -18,14 +18,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from seresnet import runtime
 from seresnet.runtime import UserError
-from seresnet.files import read_image
+from seresnet.files import FITS, read_image
 from seresnet.imageset import Split, channel_statistics, problems_of_names
 
 FORMAT = 1    # of the sidecar; raised when a reader of today could not understand it
@@ -39,6 +39,9 @@ SAMPLE = np.dtype({"names": ["mode", "width", "height", "data_ptr", "label"], "f
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = [(2, b"image"), (1, b"label")]    # RGBImageField, IntField
 MODES = {"jpeg": 0, "raw": 1}              # how pixels are stored
+HOW = {    # keys of `sources` in a sidecar -> whether a value may be one's
+    "image_size": lambda value: type(value) is int and 0 <= value <= 4096, "fit": FITS.__contains__,
+    "test_share": lambda value: type(value) is float and 0 < value < 1, "labels": ("fine", "coarse").__contains__}
 AGAIN = "write it again with `python write_datasets.py --config-file ... --force`"
 
 
@@ -64,6 +67,7 @@ class Beton:
     name: str
     source: str
     identity: tuple[int, ...]    # of the file on disk, as file_identity gives it
+    how: dict[str, int | float | str] = field(default_factory=dict)    # keys of `sources` with which it was written; of older files, none
 
     def check_unchanged(self) -> None:
         """Raise BetonError where the file at `path` is no longer the one that was checked."""
@@ -88,19 +92,20 @@ def sidecar_path(path: Path | str) -> Path:
 # -- writing ------------------------------------------------------------------------------------------------------------
 
 def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], name: str, source: str, fingerprint: str,
-                storage: str = "raw", jpeg_quality: int = 95,
+                how: dict | None = None, storage: str = "raw", jpeg_quality: int = 95,
                 progress: Callable[[int], None] = lambda written: None) -> Beton:
     """Write one split, so that at any moment `path` is the old file or the new one, whole.
 
     split: uint8 (N, H, W, 3) and int64 (N,) in [0, len(classes)). name, source, fingerprint: of the data set, for the
-    sidecar. storage: `raw` pixels, or `jpeg` of that quality (1 to 100), which loses some and takes less room. progress(n)
+    sidecar; how: with which keys of `sources` it was read (sources.Source.how), so that whoever evaluates the net later reads
+    images alike. storage: `raw` pixels, or `jpeg` of that quality (1 to 100), which loses some and takes less room. progress(n)
     hears how many samples are written. The new file is read back and compared, raw pixels one for one, before it takes the
     old one's place. Raises BetonError where it cannot be written or does not read back; the old file is then untouched.
     """
     path = Path(path)
     images = np.ascontiguousarray(split.images)
-    _check_writable(path, images)
     contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
+    _check_writable(path, images.nbytes if storage == "raw" else sum(map(len, contents)))
     try:
         # Two files cannot be renamed at once; the beton is first. Without a sidecar a beton is not used, so at no moment do an
         # old and a new one stand side by side.
@@ -108,7 +113,7 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
             _write_samples(temporary, contents, split.labels, images.shape[1:3], storage, progress)
             layout, size = _read_layout(temporary)
             sidecar = {
-                "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "classes": list(classes),
+                "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "how": how or {}, "classes": list(classes),
                 "samples": len(images), "height": images.shape[1], "width": images.shape[2],
                 "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
                 "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
@@ -140,7 +145,7 @@ def _holds(written: Beton, images: np.ndarray, part: int = 16384) -> bool:
                for start in range(0, len(images), part))
 
 
-def _check_writable(path: Path, images: np.ndarray) -> None:
+def _check_writable(path: Path, size: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         runtime.remove_abandoned(path.parent, glob.escape(path.name))    # before the room is measured
@@ -148,7 +153,7 @@ def _check_writable(path: Path, images: np.ndarray) -> None:
     except OSError as error:
         raise BetonError(f"{path}: cannot be written ({error.strerror}): choose another place with --beton.train and "
                          "--beton.test") from error
-    needed = int(images.nbytes * 1.02) + (16 << 20)    # pages that are not quite full, table, the last page
+    needed = int(size * 1.02) + (16 << 20)    # pages that are not quite full, table, the last page
     if free < needed:
         raise BetonError(f"{path}: needs {needed >> 20} MiB, {free >> 20} MiB are free: free space there, or choose "
                          "another place with --beton.train and --beton.test")
@@ -297,7 +302,7 @@ def read_images(beton: Beton, samples: np.ndarray | None = None) -> np.ndarray:
     if beton.storage == "jpeg":
         for i, sample in enumerate(samples):
             content = io.BytesIO(_region(beton.path, layout, sample).tobytes())
-            image = read_image(content, f"{beton.path}: sample {sample}")
+            image = read_image(content, f"{beton.path}: sample {sample}", upright=False)
             if image.shape != images.shape[1:]:
                 raise BetonError(f"{beton.path}: sample {sample} is {image.shape[1]} x {image.shape[0]} pixels, its row says "
                                  f"{beton.width} x {beton.height}: {AGAIN}")
@@ -320,7 +325,7 @@ def _region(path: Path, layout: _Layout, sample: int) -> np.ndarray:
 def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
     return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
                  tuple(s or 1.0 for s in sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
-                 file_identity(path))
+                 file_identity(path), sidecar.get("how", {}))
 
 
 def _sha256(path: Path) -> str:
@@ -427,6 +432,9 @@ def _read_sidecar(path: Path) -> dict:
         raise BetonError(f"{place}: needs class names and a mean and deviation of three channels: {AGAIN}")
     if not all(0 <= value <= 255 for value in content["mean"] + content["std"]):    # NaN neither
         raise BetonError(f"{place}: mean, std: got {content['mean']}, {content['std']}, expected pixel values: {AGAIN}")
+    how = content.get("how", {})
+    if not isinstance(how, dict) or not all(name in HOW and HOW[name](value) for name, value in how.items()):
+        raise BetonError(f"{place}: how: got {how!r}, expected keys of `sources`: it is damaged; {AGAIN}")
     for problem in problems_of_names(content["classes"]):
         raise BetonError(f"{place}: {problem}: {AGAIN}")
     return content

@@ -1,11 +1,13 @@
 """The official layouts of CIFAR-10 and CIFAR-100: where their files are, how they read, what is published about them."""
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import socket
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -147,13 +149,22 @@ def _read_pickle(known: Published, content: bytes, where: str, count: int, kind:
     return data, labels
 
 
+class _Sparing(gzip.GzipFile):
+    """tarfile reads some headers whole, however long they claim to be, and some kilobytes unpack to gigabytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_BATCH_FILE + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"a part of {size} bytes")
+        return super().read(size)
+
+
 def read_archive(path: Path) -> tuple[str, str, dict[str, bytes]]:
     """The set, the layout and the batch files of an official .tar.gz, in memory: nothing is extracted to disk."""
     wanted = {f"{folder}/{file}": (name, layout, file) for name, known in SETS.items()
               for layout, folder in known.folders.items() for file in known.files(layout)}
     found: dict[tuple[str, str], dict[str, bytes]] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with _Sparing(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isreg() or member.isdir()):
@@ -165,7 +176,9 @@ def read_archive(path: Path) -> tuple[str, str, dict[str, bytes]]:
                                           "no CIFAR batch")
                     name, layout, file = wanted[str(place)]
                     found.setdefault((name, layout), {})[file] = archive.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+            while unpacked.read(1 << 20):    # to the end, where gzip's checksum is
+                pass
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or f"is cut off or no .tar.gz ({type(error).__name__})"
         raise SourceError(f"{path}: {reason}: fetch it again") from error
     for (name, layout), contents in found.items():

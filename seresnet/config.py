@@ -23,7 +23,7 @@ import fastargs
 import yaml
 from fastargs.validation import Checker
 
-from seresnet.runtime import UserError
+from seresnet.runtime import DEVICES, UserError
 
 
 MOST_CONVOLUTIONS = 2000    # a net of that many takes seconds to build; a slip of a finger asks for more
@@ -31,6 +31,7 @@ MOST_CONVOLUTIONS = 2000    # a net of that many takes seconds to build; a slip 
 SMALLEST_NUMBER, LARGEST_NUMBER = 1e-15, 1e30
 # What other programs call a key's last part: named where it is asked for, never taken silently.
 ALSO_CALLED = {"learning_rate": "lr", "max_lr": "lr", "num_workers": "workers", "wd": "weight_decay", "num_epochs": "epochs"}
+FROM_DATA = ("model.classes", "model.image_size")    # where they are 0
 LARGEST_FILE = 1 << 20      # bytes of a YAML file; a recipe has a thousand
 
 
@@ -49,7 +50,7 @@ def key(default, help: str, *, at_least=None, above=None, below=None, at_most=No
 @dataclass(frozen=True)
 class Run:
     seed: int = key(0, "fixes initialisation, order and augmentation; seeds share none of them", at_least=0)
-    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:\d{1,2})?")
+    device: str = key("auto", "auto, cpu, cuda, cuda:N or mps", pattern=DEVICES)
     precision: str = key("auto", "number format of the convolutions; auto is bf16 where the hardware has it",
                          one_of=("auto", "bf16", "fp16", "fp32"))
     compile: bool = key(False, "torch.compile the net (slower than eager on the CPUs we measured)")
@@ -417,8 +418,10 @@ def read_file(path: str) -> dict[str, object]:
                           "as those in rn_configs/") from error
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        place = " ".join(str(error).split()) if isinstance(error, (yaml.YAMLError, ValueError)) else "nested too deeply"
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        # the last three: what PyYAML meets in a value with a tag, such as `!!bool maybe`
+        place = ("nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split()) if
+                 isinstance(error, (yaml.YAMLError, ValueError)) else f"a value that is not what its tag says ({error})")
         raise ConfigError(f"--config-file {path}: is no YAML that we read: {place}") from error
     if content is None:
         content = {}

@@ -81,8 +81,9 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> di
             "confusion": confusion, "recall": recall, "precision": precision}
 
 
-def read_labelled(path: str, net: trained.TrainedNet) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images uint8 (N, H, W, 3), labels int64 (N,) and a description: a beton's, or a data set's test split.
+def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 (N, H, W, 3), labels int64 (N,) and a description: a beton's, or a data set's test split; with the split
+    `all` the whole set, training images and test images.
 
     Raises UserError where they do not fit the net's classes and image size.
     """
@@ -92,7 +93,9 @@ def read_labelled(path: str, net: trained.TrainedNet) -> tuple[np.ndarray, np.nd
     else:
         how = {name: net.config["sources"][name] for name in ("image_size", "fit", "test_share", "labels")}
         found = sources.find_source(path, **how).read()
-        images, labels, classes, text = found.test.images, found.test.labels, found.classes, f"{found.source}, test split"
+        splits = (found.train, found.test) if split == "all" else (found.test,)
+        images, labels = (np.concatenate([getattr(part, name) for part in splits]) for name in ("images", "labels"))
+        classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
     problems = []
     if tuple(classes) != net.classes:
         differing = sorted(set(classes) ^ set(net.classes))[:5] or "their order"
@@ -117,15 +120,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seresnet.evaluate", description="What a trained net does well and badly.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
+    parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities")
     parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/ beside the checkpoint]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
     net = trained.load(options.checkpoint, options.device)
-    images, labels, text = read_labelled(options.data, net)
+    images, labels, text = read_labelled(options.data, net, options.split)
     folder = Path(options.out) if options.out else net.path.parent / "evaluation"
     report.create_folder(folder)
+    written = [folder / name for name in ("evaluation.json", "confusion.png", "mistakes.png", "shift.png")]
+    for path in written:    # of another evaluation, which need not have made them all
+        path.unlink(missing_ok=True)
+    name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta)
     seconds = time.perf_counter() - started
@@ -147,10 +155,10 @@ def main() -> None:
         report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
             *((name, *(f"{v:.2%}" for v in values), f"{mean:.2%}") for (name, values), mean in zip(outcome["shift"].items(), means)),
             ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")]))
-        pictures.draw_shift(outcome["shift"], found["accuracy"], f"{net.path.parent.name}: accuracy under corruption",
+        pictures.draw_shift(outcome["shift"], found["accuracy"], f"{name}: accuracy under corruption",
                             folder / "shift.png")
     report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
-    pictures.draw_confusion(counts, net.classes, f"{net.path.parent.name}: {found['accuracy']:.2%} of {len(labels):,} images",
+    pictures.draw_confusion(counts, net.classes, f"{name}: {found['accuracy']:.2%} of {len(labels):,} images",
                             folder / "confusion.png")
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:40]
@@ -159,7 +167,7 @@ def main() -> None:
                     for i in wrong]
         pictures.draw_sheet(images[wrong], captions, "the most confident mistakes: true class \u2192 prediction", folder / "mistakes.png",
                             columns=8)
-    report.say(f"\n{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    report.say(f"\n{folder}: {', '.join(path.name for path in written if path.is_file())}")
 
 
 if __name__ == "__main__":

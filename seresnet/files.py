@@ -1,21 +1,26 @@
 """Files that strangers wrote -> arrays and plain values: read within limits, and nothing in them is ever executed."""
 from __future__ import annotations
 
-import io
+import os
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from seresnet import runtime
 from seresnet.runtime import UserError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some kilobytes may claim any number
+OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
 
 
@@ -23,12 +28,30 @@ class SourceError(UserError):
     """A data set, or a file, is missing, unreadable, or not what it claims to be."""
 
 
-def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str = "resize") -> np.ndarray:
+def is_image(file: Path) -> bool:
+    """Whether `file` is named as a picture that we read. Hidden ones are none: macOS puts `._cat.jpg` beside `cat.jpg`."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
+def left_out(folder: Path, taken: Iterable[Path]) -> str:
+    """A line on the pictures in `folder`, at any depth and of any format, that are not among those `taken`; '' for none."""
+    taken = set(taken)
+    rest = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES) and file not in taken
+                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    return f"left out: {len(rest):,} pictures in other places or formats, such as {rest[0]}" if rest else ""
+
+
+def as_text(name: object) -> str:
+    """An id or a class name as text: Python 2 and HDF5 keep it as bytes."""
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)
+
+
+def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str = "resize", upright: bool = True) -> np.ndarray:
     """A PNG or JPEG file as uint8 (H, W, 3), RGB; grey values are repeated.
 
     size: side to bring it to, 0 for the file's own height and width. fit: `resize` brings both sides to `size`, `crop`
     the shorter one, of which the middle is then cut out; both interpolate bicubically over the pixels that fall together.
-    Raises SourceError naming the file, or `where` it came from.
+    upright: turn it as EXIF says that the camera was held. Raises SourceError naming the file, or `where` it came from.
     """
     from PIL import Image, ImageOps
     where = where or str(file)
@@ -44,7 +67,7 @@ def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str =
                 image = image.convert("RGBA")
                 if image.getextrema()[3][0] < 255:
                     raise SourceError(f"{where}: is partly transparent: put it on a background first")
-            image = image.convert("RGB")
+            image = _turned(image.convert("RGB")) if upright else image.convert("RGB")
             if size:
                 how = Image.Resampling.BICUBIC
                 image = image.resize((size, size), how) if fit == "resize" else ImageOps.fit(image, (size, size), how)
@@ -54,6 +77,15 @@ def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str =
     except Exception as error:    # Pillow raises a dozen kinds for damaged files
         reason = getattr(error, "strerror", None) or "is no readable PNG or JPEG"
         raise SourceError(f"{where}: {reason}: replace or remove it") from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says that the camera was held; as it is where that cannot be read, which viewers do as well."""
+    from PIL import ImageOps
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:    # Pillow raises a dozen kinds for damaged EXIF data
+        return image
 
 
 def fit_images(images: np.ndarray, size: int, fit: str) -> np.ndarray:
@@ -77,15 +109,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
-                room = runtime.free_memory_of_machine()
-                needed = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
-                if needed > room:
-                    raise SourceError(f"{path}: unpacks to {needed >> 20} MiB, {room >> 20} MiB are free: split it")
+                _check_room(path, sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()))
+            else:
+                _check_room(path, os.fstat(file.fileno()).st_size)
             file.seek(0)
             content = np.load(file, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 return {"images": content}
-            return {name: content[name] for name in content.files}
+            arrays = {name: content[name] for name in content.files}
+        foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if foreign:
+            raise SourceError(f"{path}: {foreign[0]} in it is no array: write it with numpy.savez")
+        return arrays
     except SourceError:
         raise
     except OSError as error:
@@ -96,11 +131,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise SourceError(f"{path}: {reason}") from error
 
 
+def _check_room(path: Path, needed: int) -> None:
+    room = runtime.free_memory_of_machine()
+    if needed > room:
+        raise SourceError(f"{path}: unpacks to {needed >> 20} MiB, {room >> 20} MiB are free: split it")
+
+
 def load_pickle(file: BinaryIO, where: str) -> object:
     """Read a pickle of plain values and numpy arrays, written by Python 2 or 3; dict keys come back as text.
 
-    A pickle may name any function to be called on reading. Here only the four that rebuild an array are found, behind
-    checks of their own; every other name ends in SourceError before anything is called.
+    A pickle may name any function to be called on reading. Here only stand-ins for the few that rebuild an array or a number
+    are found, with checks of their own; every other name ends in SourceError before anything is called.
     """
     try:
         content = _ArrayUnpickler(file, encoding="latin1").load()
@@ -114,31 +155,83 @@ def load_pickle(file: BinaryIO, where: str) -> object:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
+    """Whatever a pickle may call, or give a state to, is one of the stand-ins below, never numpy's own constructor: handed a
+    buffer and the type `object`, that one takes the file's bytes for pointers."""
+
     def find_class(self, module: str, name: str):
         module = module.replace("numpy._core", "numpy.core")    # numpy 2 moved it
-        allowed = {("numpy.core.multiarray", "_reconstruct"): _empty_array, ("numpy", "ndarray"): np.ndarray,
-                   ("numpy.core.numeric", "_frombuffer"): _array_of_buffer, ("numpy", "dtype"): _plain_dtype,
-                   ("_codecs", "encode"): _latin1_bytes}
-        if (module, name) not in allowed:
+        if (module, name) not in _STAND_INS:
             raise SourceError(f"asks for {module}.{name} on reading, which data never need: do not trust this file")
-        return allowed[module, name]
+        return _STAND_INS[module, name]
+
+
+class _Call:
+    """A function that a pickle may call, but whose attributes it cannot set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise SourceError("changes what reads it: do not trust this file")
+
+    def __setstate__(self, state: object) -> None:
+        self.__setattr__("", state)
+
+
+class _Dtype:
+    """A type of numbers or texts as a pickle describes it: its code, then a state of which only the byte order matters."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: object):
+        if not (isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufSU]\d{1,4}", code)):
+            raise SourceError(f"holds an array of {code!r}, expected numbers: do not trust this file")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and len(state) >= 5 and state[1] in ("<", ">", "|", "=") and state[2:5] == (None,) * 3):
+            raise SourceError("describes its numbers in a way that none needs: do not trust this file")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose content follows as state, checked before numpy sees it."""
+
+    def __setstate__(self, state: object) -> None:
+        _version, shape, dtype, fortran_order, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content    # how Python 2 wrote bytes
+        if not (isinstance(dtype, _Dtype) and isinstance(content, bytes)):
+            raise SourceError("fills an array with something other than numbers: do not trust this file")
+        super().__setstate__((1, shape, dtype.dtype, fortran_order, content))
+
+
+def _no_constructor(*arguments) -> None:
+    raise SourceError("calls numpy.ndarray, which data only name: do not trust this file")
 
 
 def _empty_array(kind, shape, dtype) -> np.ndarray:
-    """What numpy's `_reconstruct` gives for an array; its content follows as state."""
-    if kind is not np.ndarray or shape != (0,):
+    """What numpy's `_reconstruct` gives for an array."""
+    if kind is not _STAND_INS["numpy", "ndarray"]:
         raise SourceError("rebuilds something other than a plain array: do not trust this file")
-    return np.ndarray(shape, dtype)
+    return _Array((0,), np.uint8)
 
 
-def _array_of_buffer(buffer, dtype, shape, order) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+def _array_of_buffer(buffer, dtype: _Dtype, shape, order) -> np.ndarray:
+    return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order)
 
 
-def _plain_dtype(code, align=False, copy=True) -> np.dtype:
-    if not (isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufS]\d{1,4}", code)):
-        raise SourceError(f"holds an array of {code!r}, expected numbers: do not trust this file")
-    return np.dtype(code)
+def _scalar(dtype: _Dtype, content) -> np.generic:
+    content = content.encode("latin1") if isinstance(content, str) else content
+    return np.frombuffer(content, dtype.dtype, 1)[0]
+
+
+def _plain_dtype(code, align=False, copy=True) -> _Dtype:
+    return _Dtype(code)
 
 
 def _latin1_bytes(text, encoding) -> bytes:
@@ -146,3 +239,8 @@ def _latin1_bytes(text, encoding) -> bytes:
     if encoding != "latin1":
         raise SourceError(f"encodes text as {encoding!r}: do not trust this file")
     return text.encode("latin1")
+
+
+_STAND_INS = {("numpy.core.multiarray", "_reconstruct"): _Call(_empty_array), ("numpy", "ndarray"): _Call(_no_constructor),
+              ("numpy.core.numeric", "_frombuffer"): _Call(_array_of_buffer), ("numpy", "dtype"): _Call(_plain_dtype),
+              ("numpy.core.multiarray", "scalar"): _Call(_scalar), ("_codecs", "encode"): _Call(_latin1_bytes)}

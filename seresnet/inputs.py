@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import IMAGE_SUFFIXES, SourceError, fit_images, load_pickle, read_arrays, read_image
-from seresnet.sources import as_images
+from seresnet.files import (IMAGE_SUFFIXES, SourceError, as_text, fit_images, is_image, left_out, load_pickle, read_arrays,
+                            read_image)
+from seresnet.sources import as_images, check_room
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
 ID_KEYS = ("ids", "id", "ID")
@@ -18,10 +19,11 @@ BINARY_ROWS = (3073, 3074, 3072)    # CIFAR-10's rows (a label byte and the pixe
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """ids: one text an image, none twice. images: uint8 (N, H, W, 3), RGB."""
+    """ids: one text an image, none twice. images: uint8 (N, H, W, 3), RGB. left_out: a line on pictures that were not read."""
 
     ids: list[str]
     images: np.ndarray
+    left_out: str = ""
 
 
 def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unlabelled:
@@ -54,7 +56,7 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unl
         raise SourceError(f"{path}: has {len(twice)} ids more than once, such as {twice[0]!r}: every image needs its own")
     if not len(images):
         raise SourceError(f"{path}: holds no images")
-    return Unlabelled(found.ids, _expected(images, image_size, str(path)))
+    return Unlabelled(found.ids, _expected(images, image_size, str(path)), found.left_out)
 
 
 def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
@@ -65,14 +67,15 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
 
 
 def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
-    names = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    names = [file.relative_to(path) for file in path.rglob("*") if is_image(file)]
     if not names:
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
     names.sort(key=lambda name: (str(name.parent), len(name.stem) if name.stem.isdigit() else 0, str(name)))
+    check_room(len(names) * side * side * 3)
     images = np.empty((len(names), side, side, 3), np.uint8)
     for i, name in enumerate(names):
         images[i] = _expected(read_image(path / name, size=size, fit=fit)[None], side, str(path / name))[0]
-    return Unlabelled([name.with_suffix("").as_posix() for name in names], images)
+    return Unlabelled([name.with_suffix("").as_posix() for name in names], images, left_out(path, (path / name for name in names)))
 
 
 def _table(path: Path) -> Unlabelled:
@@ -97,10 +100,13 @@ def _table(path: Path) -> Unlabelled:
     array = content[key]
     if array.ndim == 2:
         _check_planes(array, f"{path}: {key}")
+    if array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):
+        raise SourceError(f"{path}: {key} has the shape {array.shape}, which is one image or several grey ones: give colour images as "
+                          "(N, H, W, 3), one as images[None], grey ones as (N, H, W, 1)")
     images = as_images(array, f"{path}: {key}")
     ids = next((content[name] for name in ID_KEYS if content.get(name) is not None), range(len(images)))
     try:
-        ids = [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in np.asarray(ids).reshape(-1).tolist()]
+        ids = [as_text(name) for name in np.asarray(ids).reshape(-1).tolist()]
     except ValueError as error:
         raise SourceError(f"{path}: its ids are no list of numbers or words: leave them out, or mend them") from error
     if len(ids) != len(images):

@@ -19,7 +19,7 @@ from seresnet import checkpoint, report, runtime
 from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
-from seresnet.config import SECTIONS, Config, contradictions
+from seresnet.config import FROM_DATA, SECTIONS, Config, contradictions, read_file
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
@@ -33,7 +33,7 @@ from seresnet.synced import expect, synchronise
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 # On the weights: may change when a run goes on. Where a beton lies is nothing beside its bytes, which are compared.
-WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "beton", "checkpoint", "report"}
+WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "sources", "beton", "checkpoint", "report"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
@@ -94,12 +94,14 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
 
 
 def _fitted(config: Config, train: Beton) -> Config:
-    """`config` with the classes and the image size of `train` where it leaves them open."""
+    """`config` with the classes and the image size of `train` where it leaves them open, and with how `train` was written, which
+    is what images have to be read like that the net sees later."""
     if train.height != train.width:
         raise runtime.UserError(f"{train.path}: has images of {train.width} x {train.height} pixels, expected squares: write it "
                                 "again with --sources.image_size")
     return replace(config, model=replace(config.model, classes=config.model.classes or len(train.classes),
-                                         image_size=config.model.image_size or train.height))
+                                         image_size=config.model.image_size or train.height),
+                   sources=replace(config.sources, **train.how))
 
 
 def build_model(config: Config) -> SEResNet:
@@ -280,7 +282,7 @@ class Session:
     def equalise(self) -> None:
         """Give all processes the same norm statistics, where each has its own."""
         if not self.config.loop.sync_norm:
-            for net in {self.model, self.result}:
+            for net in [self.model] + ([self.average.module] if self.average else []):    # in one order in all processes
                 self.ranks.equalise(net)
 
     def evaluate(self, tta: str, watch: Callable[[Iterable], Iterable] = iter) -> Evaluation:
@@ -295,7 +297,7 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     dtype = runtime.pick_dtype(config.run.precision, device)
     model = model.to(device)
     if model.wants_whitening:
-        model.whiten(first_images(data, WHITENING_IMAGES, device))
+        model.whiten(some_images(data, WHITENING_IMAGES, device))
     optim = {name: value for name, value in asdict(config.optim).items() if name in signature(build_optimizer).parameters}
     open_loader = partial(BatchLoader, device=device, mode=config.loader.mode, seed=config.run.seed,
                           workers=config.loader.workers, batches_ahead=config.loader.batches_ahead, of=ranks.launch)
@@ -321,10 +323,12 @@ def wants_graphs(config: Config, device: torch.device, processes: int) -> bool:
     return config.run.cuda_graphs and device.type == "cuda" and processes == 1 and not config.run.compile
 
 
-def first_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
-    """The first `count` training images, normalised: float32 (count, 3, H, W) on the device."""
+def some_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
+    """Up to `count` training images from all over the set, whose classes may follow one another, normalised: float32
+    (count, 3, H, W) on the device."""
     chosen = np.arange(data.train.samples) if data.train_indices is None else data.train_indices
-    batch = torch.from_numpy(read_images(data.train, chosen[:count])).to(device).permute(0, 3, 1, 2)
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(count, len(chosen))).astype(np.int64)]
+    batch = torch.from_numpy(read_images(data.train, chosen)).to(device).permute(0, 3, 1, 2)
     return normalise(batch, data.train.mean, data.train.std, torch.float32)
 
 
@@ -420,12 +424,28 @@ def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
     found, stage = None, ""
     if ranks.launch.restarts and ranks.main:
         resumed = "" if config.run.resume == "auto" else config.run.resume
-        found = report.begun_by(ranks.launch.job, config.report.folder, config.recipe, (config.run.folder, resumed))
+        found = next((path for path in report.begun_by(ranks.launch.job, config.report.folder, config.recipe,
+                                                       (config.run.folder, resumed)) if is_of(path, config)), None)
         stage = next((name for name in ("report.json", "last.pt") if found and (found / name).exists()), "")
     if ranks.launch.restarts:
         path, stage = json.loads(ranks.broadcast(json.dumps([str(found or ""), stage]).encode()))
         found = Path(path) if path else None
     return found, stage
+
+
+def is_of(path: Path, config: Config) -> bool:
+    """Whether the run in the folder `path` has this config, as far as can be told before the data are opened: a job may train
+    one recipe with several seeds."""
+    try:
+        saved = read_file(str(path / "config.yaml"))
+    except runtime.UserError:
+        return False
+    for section, values in config.as_dict().items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if not {section, name} & WITHOUT_EFFECT and saved.get(name, value) != value and (value or name not in FROM_DATA):
+                return False
+    return True
 
 
 def fingerprint(config: Config, data: Data) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")    # Paul Tol's bright scheme
 
 

@@ -60,6 +60,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     report.write_text(options.out, as_csv(found.ids, probabilities, net.classes, names=options.names,
                                           proba=options.format == "proba"))
+    if found.left_out:
+        report.say(found.left_out)
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
                f"{net.path}, TTA {options.tta or net.tta}: {options.out}")
 

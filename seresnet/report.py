@@ -33,6 +33,7 @@ from typing import IO, TypeVar
 import yaml
 
 from seresnet import runtime
+from seresnet.pictures import SUFFIXES as PICTURE_SUFFIXES
 from seresnet.pictures import draw_curves, draw_runs
 from seresnet.runtime import UserError
 
@@ -250,16 +251,16 @@ def unfinished_run_folders(base: Path | str, recipe: str, explicit: Path | str =
         return []
 
 
-def begun_by(job: str, base: Path | str, recipe: str, named: Iterable[Path | str]) -> Path | None:
-    """The run folder that a launcher's `job` has written into, among the `named` ones and those of `recipe` under `base`."""
-    for path in [*map(Path, filter(None, named)), *Path(base).glob(f"{glob.escape(recipe)}-*")]:
+def begun_by(job: str, base: Path | str, recipe: str, named: Iterable[Path | str]) -> Iterator[Path]:
+    """The run folders that a launcher's `job` has written into, among the `named` ones and those of `recipe` under `base`, of
+    these the newest first."""
+    for path in [*map(Path, filter(None, named)), *sorted(Path(base).glob(f"{glob.escape(recipe)}-*"), reverse=True)]:
         try:
             content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
             if job in (content.get("job"), *(entry.get("job") for entry in content.get("resumed", []))):
-                return path
+                yield path
         except (OSError, ValueError, AttributeError, TypeError):    # what cannot be read was not begun by this job
             continue
-    return None
 
 
 def read_report(path: Path) -> dict:
@@ -341,10 +342,21 @@ def check_writable(path: Path | str) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected the name of a file to write")
+    if path.exists() and not path.is_file():    # a file takes its place when all is done: of /dev/null, for every program
+        raise UserError(f"{path}: is no regular file, expected the name of one to write")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: create it, or name another place")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written (Permission denied): name another place")
+
+
+def check_picture(path: Path | str) -> None:
+    """Raise UserError, before any work is done, where no picture can be drawn to `path`."""
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(PICTURE_SUFFIXES)}")
+    if not runtime.is_installed("matplotlib"):
+        raise UserError(f"{path}: pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
+    check_writable(path)
 
 
 def create_folder(path: Path) -> None:
@@ -360,7 +372,7 @@ def write_text(path: Path | str, text: str) -> None:
     path = Path(path)
     try:
         with runtime.whole_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")    # a file's name as its bytes
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): free space there, or name another place") from error
 
@@ -459,11 +471,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seresnet.report", description="Lay runs side by side: a table and a picture.")
     parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders; what is none is passed over")
     parser.add_argument("--csv", metavar="FILE", help="write the table there as CSV, too")
-    parser.add_argument("--picture", metavar="FILE", help="draw curves, and accuracy against time, there (PNG)")
+    parser.add_argument("--picture", metavar="FILE", help="draw curves, and accuracy against time, there")
     options = parser.parse_args(sys.argv[1:])
-    for path in filter(None, (options.csv, options.picture)):
-        check_writable(path)
-    runs = read_runs(options.folders)
+    for path, check in ((options.csv, check_writable), (options.picture, check_picture)):
+        if path:
+            check(path)
+    runs = read_runs([name for pattern in options.folders    # which Windows' shell does not resolve
+                      for name in ([pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern])])
     ended = [(run["label"], *(column(run["outcome"]) for column in COLUMNS.values())) for run in runs if run["outcome"]]
     open_rows = [(run["label"], *[""] * (len(COLUMNS) - 1), f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
     header = ("run", *COLUMNS)

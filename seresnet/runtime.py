@@ -9,6 +9,7 @@ import errno
 import glob
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ ALLOCATOR_TUNABLES = {
     "glibc.malloc.trim_threshold": str(1 << 40),    # never hand the top of the heap back
     "glibc.malloc.top_pad": str(1 << 28),           # grow the heap 256 MiB at a time
 }
+DEVICES = r"auto|cpu|mps|cuda(:\d{1,2})?"    # what run.device and --device may be
 _TUNED_MARK = "SERESNET_ALLOCATOR"
 
 
@@ -197,6 +199,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
     130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
+    for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
     except UserError as error:
@@ -419,8 +424,8 @@ def lock(file: IO) -> bool:
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power failure; where a system cannot open folders
     (Windows) there is nothing to do."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
+    try:    # Windows flushes only what is open for writing
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     except OSError:
         return
     try:
@@ -439,6 +444,8 @@ def remove_abandoned(folder: Path, name: str = "*") -> None:
 
 
 def _is_running(process: int) -> bool:
+    if os.name == "nt":    # the signal 0, with which other systems are asked, interrupts there
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -503,7 +510,40 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_memory_of_machine() -> int:
-    """Bytes of main memory that could be allocated now."""
+    """Bytes of main memory that this process could allocate now: what the machine has free, within what a batch system or a
+    container leaves it."""
+    return max(0, min(_free_memory(), _left_by_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))))
+
+
+def _left_by_cgroups(membership: Path, mount: Path) -> float:
+    """Bytes that the control groups of `membership` (a /proc/<pid>/cgroup) still allow, infinite where none limits memory.
+
+    A group's page cache that was not used lately would make room. A container sees its own group as the root.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    left = math.inf
+    for _, controllers, name in (line for line in lines if len(line) == 3):
+        first, limit, usage, cache = (("", "memory.max", "memory.current", "inactive_file") if not controllers else
+                                      ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place = Path(name.lstrip("/"))
+        for group in (place, *place.parents):
+            folder = mount / first / group
+            try:
+                allowed, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+                rows = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                if allowed != "max":
+                    left = min(left, int(allowed) - used + int(rows.get(cache, 0)))
+            except (OSError, ValueError):    # no such group as seen from here, or the root's, which has no limit
+                continue
+    return left
+
+
+def _free_memory() -> int:
     try:    # /proc/meminfo counts the page cache that would make room; sysconf does not
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -535,6 +575,8 @@ def pick_device(name: str, of: Launch = Launch()) -> torch.device:
     machine each takes the device of its local rank. Raises UserError where the named device is not there.
     """
     import torch
+    if not re.fullmatch(DEVICES, name):
+        raise UserError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -566,6 +608,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     import torch
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision not in ("auto", *named):
+        raise UserError(f"precision: got {precision!r}, expected auto, {', '.join(named)}")
     if precision != "auto":
         if precision == "fp16" and device.type == "cpu":
             raise UserError("run.precision: fp16 needs a GPU: use auto, bf16 or fp32 on a CPU")

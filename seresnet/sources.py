@@ -17,7 +17,7 @@ import numpy as np
 
 from seresnet import runtime
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import IMAGE_SUFFIXES, SourceError, fit_images, read_arrays, read_image
+from seresnet.files import IMAGE_SUFFIXES, SourceError, as_text, fit_images, is_image, left_out, read_arrays, read_image
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
@@ -56,23 +56,31 @@ class Source:
                 "kaggle": f"images and {LABEL_FILE} in", "arrays": "arrays in"}
         return "scikit-learn's load_digits" if self.kind == "digits" else f"{what[self.kind]} {self.path}"
 
+    def how(self) -> dict[str, int | float | str]:
+        """How it is read: the keys of the config's `sources` without place and kind."""
+        return {"image_size": self.image_size, "fit": self.fit, "test_share": self.test_share, "labels": self.labels}
+
+    def left_out(self) -> str:
+        """A line on the pictures of an image folder that `read` takes no notice of; '' for none, and for other kinds."""
+        return left_out(self.path, self._files()) if self.kind == "folder" else ""
+
     def fingerprint(self) -> str:
         """Identity of the content and of how it is read, whatever the files' dates: equal if and only if `read` would give
         the same images.
 
         Reads every byte once (a second or two for CIFAR-10), and downloads nothing. Raises SourceError.
         """
-        digest = hashlib.sha256(repr((self.image_size, self.fit, self.test_share, self.labels)).encode())
+        digest = hashlib.sha256(repr(tuple(self.how().values())).encode())
         if self.kind == "digits":
             import sklearn
             digest.update(sklearn.__version__.encode())
         elif self.kind == "download":
             digest.update(torchvision_cifar10().tgz_md5.encode())
         for file in self._files():
-            digest.update(f"\n{file.relative_to(self.path.parent).as_posix()}\n".encode())
+            digest.update(f"\n{file.relative_to(self.path.parent).as_posix()}\n".encode("utf-8", "surrogateescape"))
             digest.update(_read_bytes(file))
         # The last number counts versions of the reading below: raise it where the same bytes give other images.
-        return f"{self.kind}-2-{digest.hexdigest()}"
+        return f"{self.kind}-3-{digest.hexdigest()}"
 
     def read(self) -> ImageSet:
         """The images, validated: dtype, shape, label range, count a class and in all; for CIFAR also the published channel
@@ -179,7 +187,8 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float) -> np.nd
     Chosen by the hash of their names, so that it is the same choice on every machine, for any order of the files, and
     nearly the same when images are added. labels: int64 (N,). Raises SourceError where a class has one image.
     """
-    keys = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in names], np.uint64)
+    keys = np.array([int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+                     for name in names], np.uint64)
     chosen = np.zeros(len(labels), bool)
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
@@ -193,6 +202,7 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float) -> np.nd
 
 def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], share: float) -> tuple[Split, Split]:
     test = choose_test(labels, names, share)
+    check_room(images.nbytes)    # what follows copies them
     return Split(images[~test], labels[~test]), Split(images[test], labels[test])
 
 
@@ -200,7 +210,7 @@ def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str]
 
 def _image_files(folder: Path) -> list[Path]:
     try:
-        return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(f for f in folder.iterdir() if is_image(f))
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}: expected a folder of images") from error
 
@@ -209,7 +219,7 @@ def _class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
     """(class name, its image files) in alphabetical order; nothing where `folder` is none."""
     try:
         classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}: expected folders named after the classes in it") from error
@@ -218,11 +228,12 @@ def _class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
 
 def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
     """The class folders of `train` and `test` where the set is split so, else of the whole, under the name `all`."""
-    if (path / "train").is_dir():
-        trees = {"train": _class_folders(path / "train")}
-        test = next((path / name for name in TEST_NAMES if _class_folders(path / name)), None)
-        return {**trees, "test": _class_folders(test)} if test else {"all": trees["train"]}
-    return {"all": _class_folders(path)}
+    train = _class_folders(path / "train")
+    if not train:    # `train` may be a class, such as CIFAR-100's, but not where nothing but splits stands beside it
+        whole = _class_folders(path)
+        return {"all": whole if {name for name, _ in whole} - {"train", *TEST_NAMES} else []}
+    test = next((path / name for name in TEST_NAMES if _class_folders(path / name)), None)
+    return {"train": train, "test": _class_folders(test)} if test else {"all": train}
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
@@ -234,7 +245,7 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     stacked = np.empty((0, 0, 0, 3), np.uint8)
     for i, (name, image) in enumerate(images):
         if i == 0:
-            _check_room(count * image.nbytes)
+            check_room(count * image.nbytes)
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
             raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
@@ -243,7 +254,8 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     return stacked
 
 
-def _check_room(needed: int) -> None:
+def check_room(needed: int) -> None:
+    """Raise SourceError where less than `needed` bytes of main memory are free."""
     room = runtime.free_memory_of_machine()
     if needed > room:
         raise SourceError(f"the images take {needed >> 20} MiB of memory, {room >> 20} MiB are free: make them smaller with "
@@ -291,7 +303,11 @@ def _read_kaggle(source: Source) -> ImageSet:
     labels = {key.strip(): label.strip() for key, label in rows[1:]}
     if len(labels) != len(rows) - 1:
         raise SourceError(f"{place}: names {len(rows) - 1 - len(labels)} ids twice")
-    files = {file.stem: file for file in _image_files(source.path / "train")}
+    found = _image_files(source.path / "train")
+    files = {file.stem: file for file in found}
+    if len(files) < len(found):
+        double = next(file for file in found if files[file.stem] != file)
+        raise SourceError(f"{double}: is there a second time as {files[double.stem].name}: an id needs one image")
     for what, ids in (("no image of", labels.keys() - files.keys()), ("no label for", files.keys() - labels.keys())):
         if ids:
             raise SourceError(f"{source.path}: has {what} {len(ids)} ids, such as {min(ids)}: train/ and {LABEL_FILE} have to "
@@ -311,9 +327,9 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
     """The files of each split, as the Hub lays them out: <split>-00000-of-00001.parquet, there or one folder down."""
     found: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")]):
-        split = re.split(r"[-.]", file.name)[0]
-        found.setdefault("test" if split in TEST_NAMES[1:] and "test" not in found else split, []).append(file)
-    return found
+        found.setdefault(re.split(r"[-.]", file.name)[0], []).append(file)
+    test = next((name for name in TEST_NAMES if name in found), "test")
+    return {"test" if split == test else split: files for split, files in found.items()}
 
 
 def _read_parquet(source: Source) -> ImageSet:
@@ -388,7 +404,7 @@ def _read_arrays(source: Source) -> ImageSet:
         raise SourceError(f"{source.path}: holds {', '.join(sorted(arrays))}; expected x_train, y_train, x_test and y_test, or "
                           "images and labels")
     names = next((arrays[k] for k in ("classes", "class_names", "label_names") if k in arrays), np.array([], str))
-    return _image_set(source, source.path.stem, read, tuple(map(str, names.reshape(-1).tolist())))
+    return _image_set(source, source.path.stem, read, tuple(map(as_text, names.reshape(-1).tolist())))
 
 
 def as_images(array: np.ndarray, where: str) -> np.ndarray:
@@ -407,6 +423,8 @@ def as_images(array: np.ndarray, where: str) -> np.ndarray:
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[3] not in (1, 3) or not all(array.shape[1:]):
         raise SourceError(f"{where}: has the shape {array.shape}, expected (N, H, W, 3), (N, 3, H, W), (N, H, W) or (N, 3072)")
+    if array.shape[3] == 1:
+        check_room(3 * array.nbytes)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
 

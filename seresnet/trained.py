@@ -85,8 +85,9 @@ def load(path: Path | str, device: str = "auto", precision: str = "auto") -> Tra
         raise CheckpointError(f"{file}: holds no trained net (no {', '.join(sorted(missing))}): name a run folder, or its "
                               "weights.pt or best.pt")
     where = runtime.pick_device(device)
+    dtype = runtime.pick_dtype(precision, where)
     try:
-        return TrainedNet(state, file, where, runtime.pick_dtype(precision, where))
+        return TrainedNet(state, file, where, dtype)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{file}: its net cannot be rebuilt ({' '.join(str(error).split())[:200]}): use the version that "
                               "wrote it") from error

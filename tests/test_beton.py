@@ -240,6 +240,8 @@ def test_an_unreadable_file_is_refused(good):
     (lambda s: s.update(samples=61), "samples: is 60, its sidecar .* says 61"), (lambda s: s.update(std=[1.0]), "three channels"),
     (lambda s: s.update(bytes=7), "bytes: is"), (lambda s: s.update(layout_sha256="0"), "was changed since"),
     (lambda s: s.update(mean=[0.0, float("nan"), 0.0]), "expected pixel values"), (lambda s: s.update(std=[-1.0] * 3), "expected pixel values"),
+    (lambda s: s.update(how={"fit": "stretch"}), "how: got"), (lambda s: s.update(how=[1]), "how: got"),
+    (lambda s: s.update(how={"test_share": 2.0}), "how: got"), (lambda s: s.update(how={"image_size": True}), "how: got"),
     (lambda s: s.update(classes=["a", "b"]), r"labels lie in \[0, 2\], expected \[0, 1\]")])
 def test_a_wrong_sidecar_is_refused(good, change, message):
     content = json.loads(sidecar_path(good).read_text())
@@ -302,6 +304,16 @@ def test_too_little_space_is_said_before_writing(good, make_split, monkeypatch):
     monkeypatch.setattr(beton.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(BetonError, match="needs 16 MiB, 1 MiB are free"):
         write(good, make_split())
+
+
+def test_room_for_jpegs_is_that_of_jpegs(tmp_path, monkeypatch):
+    even = Split(np.full((40, 512, 512, 3), 90, np.uint8), np.arange(40) % 2)    # 30 MiB raw
+    usage = beton.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(beton.shutil, "disk_usage", lambda _: usage._replace(free=24 << 20))
+    about = dict(classes=("a", "b"), name="x", source="x", fingerprint="x")
+    with pytest.raises(BetonError, match="24 MiB are free"):
+        write_beton(tmp_path / "x.beton", even, **about)
+    assert write_beton(tmp_path / "x.beton", even, storage="jpeg", **about).samples == 40
 
 
 def test_a_bad_sample_is_an_exception_and_not_a_hang(tmp_path, make_split):

@@ -128,6 +128,12 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert told["accuracy"] == outcome["accuracy_tta"] and np.array(told["confusion"]).sum() == 60
     assert set(told["shift"]) == {"noise", "blur", "brightness", "contrast", "jpeg", "pixelation"}
     assert {path.name for path in (tmp_path / "told").iterdir()} >= {"evaluation.json", "confusion.png", "shift.png"}
+    (tmp_path / "told/notes.txt").write_text("a user's own")
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder / "best.pt", "--data", folder.parent / "test.beton",
+                                        "--out", "told")
+    assert status == 0, errors
+    assert not (tmp_path / "told/shift.png").exists() and (tmp_path / "told/notes.txt").exists(), "what was of the other evaluation is gone"
+    assert "shift.png" not in output.splitlines()[-1] and "notes.txt" not in output.splitlines()[-1]
 
 
 def test_a_folder_of_images_will_do(run, tmp_path):
@@ -140,6 +146,8 @@ def test_a_folder_of_images_will_do(run, tmp_path):
                 Image.fromarray(test.images[i]).save(tmp_path / "set" / split / name / f"{i}.png")
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "told")
     assert status == 0 and f"accuracy {outcome['accuracy_tta']:.2%}" in output, errors
+    status, output, _ = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--split", "all", "--out", "told")
+    assert status == 0 and "all of it: 120 images" in output
     (tmp_path / "set/train/cat").rename(tmp_path / "set/train/rat")
     (tmp_path / "set/test/cat").rename(tmp_path / "set/test/rat")
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "again")

@@ -257,10 +257,12 @@ def test_whitening_is_set_from_training_images_and_never_trained(betons, tmp_pat
     with loop.open_session(config, torch.device("cpu"), data, model) as session:
         before = session.model.stem[0].weight.clone()
         want = torch.from_numpy(stripes(150, 0).images).permute(0, 3, 1, 2)
-        got = loop.first_images(data, 150, torch.device("cpu"))
+        got = loop.some_images(data, 150, torch.device("cpu"))
         mean = torch.tensor(data.train.mean)[:, None, None]
         std = torch.tensor(data.train.std)[:, None, None]
         assert torch.allclose(got, (want - mean) / std, atol=1e-5)
+        few = loop.some_images(data, 4, torch.device("cpu"))    # a set may be sorted by class
+        assert torch.equal(few, got[[0, 49, 99, 149]]) and len(loop.some_images(data, 999, torch.device("cpu"))) == 150
         loop.train_epoch(session.model, session.train_batches.epoch(0), **session.parts(0))
         assert torch.equal(session.model.stem[0].weight, before) and before.abs().sum() > 0
 
@@ -488,6 +490,27 @@ def test_all_problems_are_reported_before_anything_is_written(betons, tmp_path):
     text = str(caught.value)
     assert "no/such.beton" in text and "model.max_parameters: this net has" in text and "the budget is 100" in text
     assert "7" in text and not (tmp_path / "runs").exists()
+
+
+def test_how_the_data_were_written_is_what_the_run_says(betons, tmp_path):
+    how = {"image_size": 16, "fit": "crop", "test_share": 0.1, "labels": "fine"}
+    write_beton(tmp_path / "train.beton", stripes(60, 0), classes=CLASSES, name="stripes", source="test", fingerprint="x", how=how)
+    told = build({**SMALL, **betons, "beton.train": str(tmp_path / "train.beton"), "sources.fit": "resize", "sources.test_share": 0.3})
+    assert {name: getattr(loop.prepare(told)[0].sources, name) for name in how} == how
+    assert loop.prepare(build({**SMALL, **betons, "sources.fit": "crop"}))[0].sources.fit == "crop", "of an older file nothing is known"
+
+
+def test_a_job_knows_its_trainings_apart(betons, tmp_path):
+    """A launcher that starts a training again must not take another one's folder for it."""
+    train(betons, tmp_path, loop__epochs=1, run__folder=str(tmp_path / "stripes-1"))
+    config = build({**SMALL, **betons, "loop.epochs": 1, "model.classes": 0, "model.image_size": 0}, recipe="stripes")
+    assert loop.is_of(tmp_path / "stripes-1", config) and not loop.is_of(tmp_path, config)
+    assert not loop.is_of(tmp_path / "stripes-1", dataclasses.replace(config, run=dataclasses.replace(config.run, seed=5)))
+    for name in ("stripes-1", "stripes-2"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "environment.json").write_text('{"job": "17/0"}')
+    found = report.begun_by("17/0", tmp_path, "stripes", ())
+    assert [path.name for path in found] == ["stripes-2", "stripes-1"] and not list(report.begun_by("18/0", tmp_path, "stripes", ()))
 
 
 def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):

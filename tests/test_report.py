@@ -143,6 +143,11 @@ def test_runs_side_by_side(run, tmp_path):
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("first,default,0,3,")
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1200
+    status, output, errors = run_module("report", tmp_path, "runs/[fn]*")    # as Windows' shell hands it on
+    assert status == 0 and output.splitlines()[2].split() == lines[2].split(), errors
+    for name in ("p.bmp", "p"):
+        status, _, errors = run_module("report", tmp_path, "runs/first", "--picture", name)
+        assert status == 2 and f"{name}: expected a name that ends in .png" in errors
     status, _, errors = run_module("report", tmp_path, "runs/notes")
     assert status == 2 and "no run folder among runs/notes" in errors
     (tmp_path / "runs/unfinished/log.jsonl").write_text("{")

@@ -90,8 +90,33 @@ def test_seeds_do_not_overlap():
 
 def test_devices_that_are_not_there_are_refused():
     assert runtime.pick_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "cuda:x", "meta", ""):
+        with pytest.raises(UserError, match="expected auto, cpu, cuda, cuda:N or mps"):
+            runtime.pick_device(name)
     with pytest.raises(UserError, match="run.device: cuda:99 is not there"):
         runtime.pick_device("cuda:99")
+
+
+@pytest.mark.parametrize("version, limit, usage", [("0::", "memory.max", "memory.current"),
+                                                   ("4:cpu,memory:", "memory.limit_in_bytes", "memory.usage_in_bytes")])
+def test_memory_is_what_the_batch_system_leaves(tmp_path, version, limit, usage):
+    place = tmp_path / "mount" / ("memory" if "memory" in version else "") / "jobs/17"
+    place.mkdir(parents=True)
+    of = tmp_path / "cgroup"
+    of.write_text(f"3:cpuset:/other\n{version}/jobs/17\n")
+    assert runtime._left_by_cgroups(of, tmp_path / "mount") == runtime._left_by_cgroups(tmp_path / "none", tmp_path) == float("inf")
+    (place / limit).write_text("1000000\n")
+    (place / usage).write_text("400000\n")
+    (place / "memory.stat").write_text("anon 300000\ninactive_file 50000\ntotal_inactive_file 50000\n")
+    assert runtime._left_by_cgroups(of, tmp_path / "mount") == 650_000
+    for name, text in ((limit, "900000"), (usage, "700000"), ("memory.stat", "anon 1\n")):    # the group around it allows less
+        (place.parent / name).write_text(text)
+    assert runtime._left_by_cgroups(of, tmp_path / "mount") == 200_000
+    for folder in (place, place.parent):
+        (folder / limit).write_text("max" if version == "0::" else str(1 << 62))
+    assert runtime._left_by_cgroups(of, tmp_path / "mount") > 1 << 40
+    (place / limit).write_text("300000")
+    assert runtime._left_by_cgroups(of, tmp_path / "mount") < 0 <= runtime.free_memory_of_machine()
 
 
 def test_number_formats():

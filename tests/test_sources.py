@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tarfile
 import threading
 
@@ -190,6 +191,38 @@ def test_arrays_of_objects_are_refused():
         files.load_pickle(io.BytesIO(pickle.dumps(np.array([{}, []], dtype=object))), "batch")
 
 
+class State(Payload):
+    """Unpickling it would give what its call makes a state of the file's choice."""
+
+    def __init__(self, state, call, *arguments):
+        super().__init__(call, *arguments)
+        self.state = state
+
+    def __reduce__(self):
+        return self.call, self.arguments, self.state
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("content", [
+    Payload(np.ndarray, (1,), "O", b"A" * 8),    # the file's bytes as a pointer
+    State((3, "|", None, ("a",), {"a": (np.dtype("S8"), 0)}, 8, 1, 63), np.dtype, "S8", False, True),    # a type of its own making
+    State((3, "|", ("S8", (3,)), None, None, 8, 1, 63), np.dtype, "S8", False, True), State({"x": 1}, np.dtype, "S8"),
+    State((1, (1,), np.dtype("O"), False, [Payload(print)]), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),
+    State((1, (1,), np.dtype("i4"), False, [1]), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),
+    Payload(np._core.multiarray._reconstruct, np.recarray, (0,), b"b"), Payload(np._core.multiarray.scalar, np.dtype("O"), b"A" * 8)])
+def test_a_pickle_cannot_make_pointers_of_its_bytes(content, protocol):
+    with pytest.raises(SourceError, match="do not trust this file"):
+        files.load_pickle(io.BytesIO(pickle.dumps({"data": content}, protocol)), "batch")
+
+
+@pytest.mark.parametrize("name", ["dtype", "ndarray"])
+def test_a_pickle_cannot_change_what_reads_it(name):
+    for state in (b"}S'__defaults__'\nI1\ns", b"N}S'_function'\nI1\ns\x86"):
+        with pytest.raises(SourceError, match="do not trust this file"):
+            files.load_pickle(io.BytesIO(b"cnumpy\n" + name.encode() + b"\n" + state + b"b."), "batch")
+    assert files.load_pickle(io.BytesIO(pickle.dumps(np.arange(3))), "batch").tolist() == [0, 1, 2]
+
+
 def archive_with(tmp_path, *members):
     path = tmp_path / "cifar-10-python.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
@@ -229,6 +262,29 @@ def test_archives_without_the_batches_or_cut_off_are_refused(layouts, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"<html>404</html>")
     with pytest.raises(SourceError, match="no .tar.gz"):
         find_source(tmp_path).read()
+
+
+def test_an_archive_with_flipped_bits_is_no_traceback(layouts, tmp_path):
+    whole = next((layouts / "tar").glob("*.tar.gz")).read_bytes()
+    place, rng, refused = tmp_path / "cifar-10-python.tar.gz", np.random.default_rng(0), 0
+    for _ in range(40):
+        content = bytearray(whole)
+        for at in rng.integers(10, len(whole), 3):
+            content[at] ^= 1 << rng.integers(8)
+        place.write_bytes(content)
+        try:
+            official.read_archive(place)
+        except SourceError:
+            refused += 1
+    assert refused == 40
+
+
+def test_a_header_that_unpacks_to_gigabytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(official, "LARGEST_BATCH_FILE", 1 << 20)
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * (3 << 20)}):
+        pass
+    with pytest.raises(SourceError, match="fetch it again"):
+        official.read_archive(tmp_path / "cifar-10-python.tar.gz")
 
 
 def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
@@ -296,6 +352,53 @@ def test_an_opaque_alpha_channel_is_dropped(tree):
 
 
 # -- finding, fingerprints, digits, download ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_photograph_is_turned_as_its_camera_was_held(tmp_path, suffix):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 250    # the corner that comes to lie at the upper right
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", exif=exif)
+    upright = files.read_image(tmp_path / f"a{suffix}")
+    assert upright.shape == (24, 16, 3) and upright[:6, 10:].min() > 200 and upright[:6, :6].max() < 50
+    assert files.read_image(tmp_path / f"a{suffix}", upright=False).shape == (16, 24, 3)
+    Image.fromarray(pixels).save(tmp_path / f"b{suffix}", exif=b"Exif\x00\x00damaged")
+    assert files.read_image(tmp_path / f"b{suffix}").shape == (16, 24, 3)
+
+
+def test_what_a_folder_holds_beside_is_said_or_hidden(tree):
+    source = find_source(tree)
+    assert source.left_out() == ""
+    before, folder = source.read(), next((tree / "train").iterdir())
+    for name in ("._0.png", ".trashed.jpg"):
+        (folder / name).write_bytes(b"x")
+    assert source.left_out() == ""
+    (folder / "deeper").mkdir()
+    for name in ("a.webp", "deeper/b.png"):
+        (folder / name).write_bytes(b"x")
+    assert "left out: 2 pictures" in source.left_out() and "a.webp" in source.left_out()
+    assert np.array_equal(source.read().train.images, before.train.images)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for i, name in enumerate(("car", "plane", "train")):
+        write_tree(tmp_path, ".", (name,), 4, seed=i)
+    assert find_source(tmp_path).read().classes == ("car", "plane", "train")
+    for name in ("car", "plane"):
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "test").mkdir()    # as Kaggle's, without the labels: no classes
+    with pytest.raises(sources.MissingError):
+        find_source(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
+def test_a_file_name_that_is_no_text_does_not_matter(tmp_path):
+    write_tree(tmp_path, ".", ("a", "b"), 5)
+    os.rename(next((tmp_path / "a").glob("*.png")), os.path.join(os.fsencode(tmp_path), b"a", b"caf\xe9.png"))
+    source = find_source(tmp_path)
+    assert len(source.fingerprint()) > 20 and len(source.read().train.labels) == 8
+
 
 def test_what_is_not_there_is_said_with_the_way_out(tmp_path):
     with pytest.raises(SourceError, match="no/where does not exist .*cifar-10-batches-bin.*--sources.kind download"):
@@ -480,6 +583,14 @@ def test_images_of_any_size_are_brought_to_one(tmp_path, fit):
     assert find_source(tmp_path, image_size=16).fingerprint() != find_source(tmp_path, image_size=8).fingerprint()
 
 
+def test_dividing_a_set_is_refused_where_its_copy_does_not_fit(tmp_path, monkeypatch):
+    write_tree(tmp_path, ".", ("a", "b"), 5)
+    rooms = iter([1 << 20, 10])
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: next(rooms))
+    with pytest.raises(SourceError, match="images take 0 MiB of memory, 0 MiB are free"):
+        find_source(tmp_path).read()
+
+
 @pytest.fixture
 def kaggle(tmp_path):
     write_tree(tmp_path, ".", ["train"], 12)
@@ -501,6 +612,7 @@ def test_kaggles_folder_and_table(kaggle):
 @pytest.mark.parametrize("change, message", [
     (lambda t: (t / "train/5.png").unlink(), "no image of 1 ids, such as 5"),
     (lambda t: (t / "train/5.png").rename(t / "train/99.png"), "no image of 1 ids, such as 5"),
+    (lambda t: Image.open(t / "train/5.png").save(t / "train/5.jpg"), "5.jpg: is there a second time as 5.png"),
     (lambda t: (t / "trainLabels.csv").write_text("a,b\n1,cat\n"), "expected the header id,label"),
     (lambda t: (t / "trainLabels.csv").write_text("id,label\n1,cat\n1,dog\n"), "names 1 ids twice")])
 def test_a_bad_kaggle_folder_is_refused(kaggle, change, message):
@@ -541,6 +653,14 @@ def test_the_hubs_parquet_files(tmp_path, place, image, label, struct):
     assert read.train.labels.tolist() == [0, 1, 2] * 3
 
 
+def test_a_validation_split_in_several_files_is_whole(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", 6)
+    parts = [write_parquet(tmp_path / f"validation-0000{i}-of-00003.parquet", 3, seed=i + 1) for i in range(3)]
+    assert np.array_equal(find_source(tmp_path).read().test.images, np.concatenate(parts))
+    test = write_parquet(tmp_path / "test-00000-of-00001.parquet", 3, seed=9)
+    assert np.array_equal(find_source(tmp_path).read().test.images, test)
+
+
 def test_parquet_files_without_names_or_test_split(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", 30)
     read = find_source(tmp_path).read()
@@ -563,7 +683,7 @@ def test_bad_parquet_files_are_refused(tmp_path, write, message):
 def test_arrays_with_both_splits(tmp_path, names):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (9, 8, 8), dtype=np.uint8), np.arange(9)[:, None] % 3
-    np.savez(tmp_path / "set.npz", **dict(zip(names, (x, y, x[:3], y[:3]))), classes=np.array(["a", "b", "c"]))
+    np.savez(tmp_path / "set.npz", **dict(zip(names, (x, y, x[:3], y[:3]))), classes=np.array(["a", "b", "c"], "S" if "val" in names[2] else "U"))
     read = find_source(tmp_path / "set.npz").read()
     assert find_source(tmp_path).path == tmp_path / "set.npz"
     assert read.classes == ("a", "b", "c") and np.array_equal(read.train.images, np.repeat(x[..., None], 3, axis=3))

@@ -1,7 +1,9 @@
 """trained, predict, inputs: a net from its run folder says the same as in its training, for images in every form."""
 import csv
+import os
 import pickle
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,6 +108,10 @@ def as_pickle(content, protocol=2):
     ("python2", as_pickle({b"data": ROWS, b"ids": [name.encode() for name in IDS]}, 0), IDS, SMOOTH),
     ("pixels.pickle", as_pickle({"data": IMAGES, "ids": np.arange(5, 17)}), [str(i) for i in range(5, 17)], IMAGES),
     ("array.pkl", as_pickle(IMAGES), None, IMAGES),
+    ("words.pkl", as_pickle({"data": ROWS, "ids": np.array(IDS)}, 4), IDS, SMOOTH),
+    ("bytes.pkl", as_pickle({"data": ROWS, "ids": np.array(IDS, "S")}, 0), IDS, SMOOTH),
+    ("scalars.pkl", as_pickle({"data": ROWS, "ids": list(np.arange(5, 17, dtype=">i4"))}, 2), [str(i) for i in range(5, 17)], SMOOTH),
+    ("columns.pkl", as_pickle({"data": np.asfortranarray(ROWS), "ids": np.arange(5, 17, dtype=">i4")}, 5), [str(i) for i in range(5, 17)], SMOOTH),
     ("planes.npy", lambda path: np.save(path, IMAGES.transpose(0, 3, 1, 2)), None, IMAGES),
     ("grey.npy", lambda path: np.save(path, IMAGES[..., 0]), None, np.repeat(IMAGES[..., :1], 3, axis=3)),
     ("set.npz", lambda path: np.savez(path, x=IMAGES, ids=np.array(IDS)), IDS, IMAGES),
@@ -127,7 +133,11 @@ def test_a_beton_and_a_folder(tmp_path):
     found = inputs.read_unlabelled(tmp_path, 32)
     assert found.ids == [str(i) for i in range(12)], "2 before 10"
     assert np.array_equal(found.images, IMAGES)
-    assert inputs.read_unlabelled(tmp_path / "7.png", 32).ids == ["7"]
+    assert inputs.read_unlabelled(tmp_path / "7.png", 32).ids == ["7"] and not found.left_out
+    for name in ("._7.png", "8.webp", ".8.webp"):    # what macOS leaves beside a file; a format that we do not read
+        (tmp_path / name).write_bytes(b"x")
+    again = inputs.read_unlabelled(tmp_path, 32)
+    assert again.ids == found.ids and "left out: 1 pictures" in again.left_out and "8.webp" in again.left_out
     with pytest.raises(SourceError, match="0.png: has images of 32 x 32 pixels, the net takes 16 x 16: give --fit"):
         inputs.read_unlabelled(tmp_path, 16)
     assert inputs.read_unlabelled(tmp_path, 16, "crop").images.shape == (12, 16, 16, 3)
@@ -137,6 +147,11 @@ def test_a_beton_and_a_folder(tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "3.jpg")
     with pytest.raises(SourceError, match="1 ids more than once, such as '3'"):
         inputs.read_unlabelled(tmp_path, 32)
+
+
+def foreign_member(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("images", b"no array")
 
 
 class Payload:
@@ -157,6 +172,9 @@ class Payload:
     ("x.pkl", as_pickle({"data": SMOOTH.reshape(12, 3072)}), "side by side, expected all red values"),
     ("x.bin", lambda path: path.write_bytes(b"x" * 1000), "1000 bytes, which is no multiple"),
     ("x.npy", lambda path: path.write_bytes(b"x"), "no readable .npy"),
+    ("x.npy", lambda path: np.save(path, IMAGES[0]), r"one image or several grey ones: .*one as images\[None\]"),
+    ("x.npy", lambda path: np.save(path, IMAGES[0].transpose(2, 0, 1)), "one image or several grey ones"),
+    ("x.npz", lambda path: foreign_member(path), "images in it is no array"),
     ("x.npy", lambda path: np.save(path, np.zeros((2, 40, 40, 3), np.uint8)), "40 x 40 pixels, the net takes 32 x 32"),
     ("x.npy", lambda path: np.save(path, IMAGES[:0]), "holds no images"),
     ("x.npy", lambda path: np.save(path, np.array([{}], object)), "do not trust this file"),
@@ -173,6 +191,25 @@ def test_a_pickle_with_a_payload_is_refused_and_nothing_is_run(tmp_path):
     with pytest.raises(SourceError, match="do not trust this file"):
         inputs.read_unlabelled(tmp_path / "x.pkl", 32)
     assert not created.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
+def test_a_name_that_is_no_text_keeps_its_bytes(run, tmp_path):
+    folder, test, _ = run
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate((b"caf\xe9.png", b"plain.png")):
+        with open(os.path.join(os.fsencode(tmp_path), b"images", name), "wb") as file:
+            Image.fromarray(test.images[i]).save(file, "PNG")
+    status, _, errors = predict(tmp_path, "--checkpoint", folder, "--images", "images", "--out", "p.csv")
+    assert status == 0, errors
+    assert sorted(line.partition(b",")[0] for line in (tmp_path / "p.csv").read_bytes().splitlines()[1:]) == [b"caf\xe9", b"plain"]
+
+
+@pytest.mark.parametrize("device, precision, message", [("gpu", "auto", "device: got 'gpu', expected auto"), ("cpu", "half", "precision: got 'half'"),
+                                                        ("cpu", "fp16", "fp16 needs a GPU")])
+def test_a_device_or_format_that_there_is_not_is_named(run, device, precision, message):
+    with pytest.raises(UserError, match=message):
+        seresnet.load(run[0], device, precision)
 
 
 # -- the program --------------------------------------------------------------------------------------------------------
@@ -197,7 +234,8 @@ def test_predictions_to_hand_in(run, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (("--images", "nowhere"), "does not exist"), (("--checkpoint", "nowhere"), "cannot be read"),
+    (("--images", "nowhere"), "does not exist"), (("--out", os.devnull), "is no regular file"), (("--device", "gpu"), "expected auto"),
+    (("--checkpoint", "nowhere"), "cannot be read"),
     (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "0"), "got 0")])
 def test_mistakes_end_in_one_message_and_nothing_written(run, tmp_path, change, message):
     np.save(tmp_path / "x.npy", run[1].images)
