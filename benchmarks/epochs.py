@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="epochs to time (default 3)")
     parser.add_argument("--out", help="folder for epochs.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
-    if own.epochs < 1:
-        raise runtime.UserError(f"--epochs: got {own.epochs}, expected at least 1")
+    if not 1 <= own.epochs <= settings.loop.epochs:
+        raise runtime.UserError(f"--epochs: got {own.epochs}, expected 1 to loop.epochs = {settings.loop.epochs}")
     device = device_of(settings)
     from seresnet import loop
     from seresnet.optim import stepwise

@@ -97,7 +97,7 @@ def main() -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise runtime.UserError(f"--peers: {own.peers}: {error!r}: expected {{name: {{accuracy, seconds}}}}") from error
     if own.picture:
-        report.check_writable(own.picture)
+        report.check_picture(own.picture)
     ours = our_points(own.series)
     points = ours + their_points(yaml.safe_load(ANCHORS.read_text()), peers, ours[0]["rate"])
     print(table(points))

@@ -1,4 +1,4 @@
-"""A set that outgrows the memory: python -m benchmarks.large [--gib 8] [--processes 2] [--out DIR] [--section.key value ...]
+"""A set that outgrows the memory: python -m benchmarks.large [--gib 8] [--processes 2] [--out DIR] [--run.threads N]
 
 Writes a synthetic beton of that size (noise, 64 x 64 pixels; kept in --folder for the next time), and lets processes read their
 shares of it in stream mode: images/s of the loader alone and of a training of a small net, beside the same with as many images
@@ -127,6 +127,11 @@ def main() -> None:
     parser.add_argument("--out", help="folder for large.json; none is written without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
+    without = config.build({"run.threads": settings.run.threads})
+    if settings != without:
+        changed = [f"{section}.{key}" for section, values in settings.as_dict().items() for key, value in values.items()
+                   if value != without.as_dict()[section][key]]
+        raise runtime.UserError(f"{', '.join(changed)}: this benchmark has a net and a set of its own: change run.threads alone")
     images = int(own.gib * (1 << 30) / (SIDE * SIDE * 3)) + 1
     folder = Path(own.folder)
     places = {"train": str(folder / f"large_{images}.beton"), "test": str(folder / "large_test.beton")}

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,16 +72,18 @@ def train_cell(settings: config.Config, seconds: float) -> dict[str, float]:
 def load_cell(settings: config.Config) -> dict[str, float]:
     """Seconds of an epoch through FFCV and augmentation, the median of three after a first, and the most memory that is not the file's."""
     from seresnet import loop
+    from seresnet.clock import Clock
     device = runtime.pick_device(settings.run.device)
     settings, data, model = loop.prepare(settings)
     with loop.open_session(settings, device, data, model) as session:
         augment, most, seconds = session.parts(0)["augment"], 0, []
         for epoch in range(4):
-            started, seen = time.perf_counter(), 0
-            for batch in session.train_batches.epoch(epoch):
-                seen += len(augment(batch, 0))
-                most = max(most, own_memory())
-            seconds.append(time.perf_counter() - started)
+            clock, seen = Clock(device), 0    # which waits for a GPU
+            with clock.lane("load"):
+                for batch in session.train_batches.epoch(epoch):
+                    seen += len(augment(batch, 0))
+                    most = max(most, own_memory())
+            seconds.append(clock.seconds("load"))
     took = statistics.median(seconds[1:])    # the first compiles, and reads the file
     return {"images_per_second": seen / took, "epoch_seconds": took, "own_memory_mib": most / 2**20}
 

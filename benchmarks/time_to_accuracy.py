@@ -97,7 +97,8 @@ def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
     differing = [f"{section}.{key}: {found.get(f'{section}.{key}')} there, {value} here" for section, values in wanted.items()
-                 for key, value in values.items() if found.get(f"{section}.{key}") != value]
+                 for key, value in values.items() if found.get(f"{section}.{key}") != value
+                 and section != "sources" and (value or f"{section}.{key}" not in config.FROM_DATA)]    # those follow from the data
     if differing:
         raise runtime.UserError(*(f"{folder}: {line}: choose another --out, or remove it" for line in differing))
 

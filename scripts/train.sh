@@ -1,7 +1,8 @@
 #!/bin/sh
 # scripts/train.sh CONFIG [--section.key value ...]: convert, then train. CIFAR10_DIR names the data; without it they are
-# looked for where the recipe says (data/), then downloaded. Only here, and only where both fail (status 4), the same job
-# runs on scikit-learn's digits.
+# looked for where the recipe says (data/); where they are not, what was converted before is trained on, or they are
+# downloaded. Only here, and only where all that fails (status 4), the same job runs on scikit-learn's digits. All this is for
+# recipes of CIFAR-10: who names a place, or trains on images of their own, gets those or an error.
 set -u
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -10,11 +11,21 @@ shift
 
 convert() { "$python" write_datasets.py --config-file "$config" "$@"; }
 
+own_data() {
+    case " $* " in *" --sources."*) return 0 ;; esac
+    ! grep -q cifar10_train.beton "$config"
+}
+
 if [ -n "${CIFAR10_DIR:-}" ]; then
     convert "$@" --sources.path "$CIFAR10_DIR" || exit
 else
     status=0
     convert "$@" || status=$?
+    if [ $status = 4 ] && own_data "$@"; then exit 4; fi
+    if [ $status = 4 ] && [ -f data/cifar10_train.beton ] && [ -f data/cifar10_test.beton ]; then
+        echo "What was converted before is there: data/cifar10_train.beton and data/cifar10_test.beton."
+        status=0
+    fi
     if [ $status = 4 ]; then
         echo "No data set is at hand: downloading CIFAR-10."
         status=0

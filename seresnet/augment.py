@@ -40,8 +40,9 @@ def train_batch(images: torch.Tensor, indices: torch.Tensor, epoch: int, *, flip
         raise ValueError(f"flip: {flip!r} is not one of {', '.join(FLIPS)}")
     flips = {"none": lambda: None, "random": lambda: random_flips(count, generator)[share],
              "alternating": lambda: alternating_flips(indices, epoch, seed)}[flip]()
-    reach = max(translate, (height - side + 1) // 2 if side else 0)
-    shifts = random_shifts(count, reach, generator)[share] if reach else None
+    spare = height - side if side else 0
+    most, least = max(translate, spare // 2), -max(translate, (spare + 1) // 2)    # the middle of an odd one is half a pixel off
+    shifts = random_shifts(count, most, generator, least)[share] if most > least else None
     if flips is not None or shifts is not None:
         images = flip_and_shift(images, flips, shifts, padding, mean, side)
     if cutout:
@@ -89,9 +90,9 @@ def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def random_shifts(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
-    """int64 (count, 2) of (down, right) pixels, each uniform in [-most, most]."""
-    return torch.randint(-most, most + 1, (count, 2), generator=generator, device=generator.device)
+def random_shifts(count: int, most: int, generator: torch.Generator, least: int | None = None) -> torch.Tensor:
+    """int64 (count, 2) of (down, right) pixels, each uniform in [least, most]; without `least` in [-most, most]."""
+    return torch.randint(-most if least is None else least, most + 1, (count, 2), generator=generator, device=generator.device)
 
 
 def random_centres(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:

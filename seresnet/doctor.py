@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from seresnet import report, runtime
+from seresnet import runtime    # which needs no package: it is these that may be missing
 
 NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs PyYAML terminaltables",
           "yaml": "pip install PyYAML", "PIL": "pip install pillow"}
@@ -46,7 +46,7 @@ def examine(data: Path) -> Iterator[Finding]:
         there = runtime.is_installed(name)
         yield Finding(name, True if there else None, versions.get(name, "installed") if there else f"not installed; for {use}",
                       "" if there else command)
-    if runtime.is_installed("torch"):
+    if runtime.is_installed("torch") and runtime.is_installed("numpy"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
         bf16 = machine["cpu_bf16"]
@@ -58,8 +58,8 @@ def examine(data: Path) -> Iterator[Finding]:
     place = data if data.exists() else Path(".")
     room = shutil.disk_usage(place).free / 2**30
     yield Finding("free disk", room >= 1 or None, f"{room:.1f} GiB at {place.resolve()}", "" if room >= 1 else "free some")
-    betons = sorted(data.glob("*.beton"))
-    yield from _data(data, betons)
+    if runtime.is_installed("numpy"):
+        yield from _data(data, sorted(data.glob("*.beton")))
 
 
 def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
@@ -87,7 +87,12 @@ def main() -> int:
     parser.add_argument("data", nargs="?", default="data", type=Path, help="folder of the data [data]")
     findings = list(examine(parser.parse_args(sys.argv[1:]).data))
     marks = {True: "ok", None: "-", False: "MISSING"}
-    report.say(report.table(("what", "", "found", "to mend it"), [(f.what, marks[f.good], f.detail, f.mend) for f in findings]))
+    rows = [(f.what, marks[f.good], f.detail, f.mend) for f in findings]
+    if runtime.is_installed("numpy") and runtime.is_installed("yaml"):
+        from seresnet import report
+        report.say(report.table(("what", "", "found", "to mend it"), rows))
+    else:
+        sys.stdout.write("".join("  ".join(filter(None, row)) + "\n" for row in rows))
     return 0 if all(finding.good is not False for finding in findings) else 2
 
 

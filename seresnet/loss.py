@@ -51,7 +51,7 @@ class Tally:
     def __init__(self, device: torch.device, gather: Callable[[torch.Tensor], torch.Tensor] = lambda row: row[None]):
         self._gather = gather
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)    # which mps lacks
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._seen = 0
         self._steps = 0
@@ -73,7 +73,8 @@ class Tally:
             if name == "seen":
                 self._seen = int(value)
             else:
-                setattr(self, f"_{name}", value.to(self._correct.device))
+                mine = getattr(self, f"_{name}")
+                setattr(self, f"_{name}", value.to(mine.device, mine.dtype))
         self._steps = state["steps"]
         return self
 
@@ -81,7 +82,7 @@ class Tally:
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
         """Count one batch. logits: (B, K). labels: int64 (B,). loss: scalar, the batch's mean."""
         self._correct += (logits.argmax(1) == labels).sum()
-        self._loss_sum += loss.detach().double() * len(labels)
+        self._loss_sum += loss.detach().to(self._loss_sum.dtype) * len(labels)
         bad = ~torch.isfinite(loss) & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, self._steps)
         self._seen += len(labels)

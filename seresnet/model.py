@@ -22,6 +22,7 @@ STEMS = ("conv", "whiten")
 DOWNSAMPLES = ("stride", "pool")
 HEAD_POOLS = ("mean", "max")
 INITIALISATIONS = ("default", "kaiming", "xavier", "orthogonal")
+PATCHES = 1 << 20    # at once in whitening, 100 MB
 WHITEN_CHANNELS = 24    # 12 principal directions of a 2x2 RGB patch, and their negatives
 
 
@@ -223,9 +224,13 @@ class SEResNet(nn.Module):
         Page, "How to Train Your ResNet 8" (myrtle.ai, 2019), and Jordan, arXiv 2404.00498, section 3.2.
         """
         weight = self.stem[0].weight
-        patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-        covariance = patches.double().T @ patches.double() / len(patches)
-        values, vectors = torch.linalg.eigh(covariance.cpu())    # ascending; columns are the directions. A GPU would load a library for it
+        images = images.float().cpu() if images.device.type == "mps" else images.float()    # mps has no float64
+        covariance, seen = torch.zeros(12, 12, dtype=torch.float64, device=images.device), 0
+        for part in images.split(max(1, PATCHES // images[0, 0].numel())):
+            patches = part.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+            covariance, seen = covariance + patches.T @ patches, seen + len(patches)
+        covariance = covariance.cpu() / seen
+        values, vectors = torch.linalg.eigh(covariance)    # ascending; columns are the directions. A GPU would load a library for it
         filters = (vectors / (values + 5e-4).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
         with torch.no_grad():
             weight.copy_(torch.cat([filters, -filters]))

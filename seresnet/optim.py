@@ -174,7 +174,9 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 3, dtype: torch.dtype = t
     """(B, R, C) -> float32 (B, R, C): U V^T of each matrix's singular value decomposition U S V^T, roughly.
 
     `steps` rounds of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024): singular values
-    end between about 0.5 and 1.2 rather than at 1, which costs training nothing. Products are computed in `dtype`.
+    end between about 0.5 and 1.2 rather than at 1, which costs training nothing; those that were small beside the
+    Frobenius norm, below a hundredth, stay small after three rounds, which raise them at most 41 times. Products are
+    computed in `dtype`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.float()

@@ -45,8 +45,8 @@ def main() -> None:
     settings, own = config.parse(sys.argv[1:], parser)
     if own.images < 1 or own.epochs < 1:
         raise config.ConfigError(f"--images, --epochs: got {own.images} and {own.epochs}, expected 1 and more")
-    report.check_writable(own.out)
-    settings = dataclasses.replace(settings, loader=dataclasses.replace(settings.loader, mode="resident", drop_last=False))
+    report.check_picture(own.out)
+    settings = dataclasses.replace(settings, loader=dataclasses.replace(settings.loader, mode="auto", drop_last=False))
     shown, captions = augmented(settings, own.images, own.epochs)
     a = settings.augment
     title = f"{settings.recipe}: flip {a.flip}, translate {a.translate} ({a.padding}), cutout {a.cutout}"

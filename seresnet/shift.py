@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 SEVERITIES = range(1, 6)
+PART = 1000    # images at once: noise and brightness want eight bytes and more a value for a while
 
 
 def noise(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -74,7 +75,10 @@ def corrupt(images: np.ndarray, corruption: str, severity: int, seed: int = 0) -
     if corruption not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(f"corruption {corruption!r} at severity {severity}: expected one of {', '.join(CORRUPTIONS)}, 1 to 5")
     rng = np.random.default_rng((seed, severity, list(CORRUPTIONS).index(corruption)))
-    return CORRUPTIONS[corruption](images, severity, rng)
+    corrupted = np.empty_like(images)
+    for start in range(0, len(images), PART):
+        corrupted[start:start + PART] = CORRUPTIONS[corruption](images[start:start + PART], severity, rng)
+    return corrupted
 
 
 def _pixels(values: np.ndarray) -> np.ndarray:

@@ -63,6 +63,10 @@ def test_a_crop_lies_anywhere_in_its_image_and_nowhere_else():
     corners = crops[:, 0, 0, 0].long()
     assert sorted(set(corners.tolist())) == [row * 12 + column for row in range(5) for column in range(5)]
     assert torch.equal(crops[:, 0, 7, 7].long(), corners + 7 * 12 + 7)
+    odd = train_batch(images, flip="none", translate=0, cutout=0, side=7, mean=(0, 0, 0), std=(1, 1, 1))[:, 0, 0, 0].long()
+    assert sorted(set(odd.tolist())) == [row * 12 + column for row in range(6) for column in range(6)]
+    beyond = train_batch(images, flip="none", translate=3, padding="zero", cutout=0, side=7, mean=(0, 0, 0), std=(1, 1, 1))
+    assert (beyond[:, 0, 0, 6] == 0).any() and not (beyond[:, 0, 2, 2] == 0).any(), "one pixel beyond, at most"
 
 
 def test_jitter_is_the_formula_for_each_image():

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import ddp, frontier, launches, scaling, time_to_accuracy
+from benchmarks import ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
 from seresnet import config, runtime
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,26 @@ def test_runs_of_another_config_are_not_mixed_in(series, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*series[0], "--optim.lr", "0.2"])
     with pytest.raises(runtime.UserError, match="optim.lr: 0.1 there, 0.2 here"):
         time_to_accuracy.main()
+
+
+def test_a_series_whose_recipe_leaves_classes_to_the_data_goes_on(series, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*series[0], "--model.classes", "0", "--model.image_size", "0"])
+    time_to_accuracy.main()
+    monkeypatch.setattr(sys, "argv", [*series[0], "--model.classes", "4"])
+    with pytest.raises(runtime.UserError, match="model.classes: 3 there, 4 here"):
+        time_to_accuracy.main()
+
+
+def test_more_epochs_than_the_recipe_has_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["epochs", "--loop.epochs", "2"])
+    with pytest.raises(runtime.UserError, match="--epochs: got 3, expected 1 to loop.epochs = 2"):
+        epochs.main()
+
+
+def test_keys_that_a_benchmark_would_drop_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["large", "--loader.workers", "2", "--run.threads", "1"])
+    with pytest.raises(runtime.UserError, match="^loader.workers: this benchmark has a net and a set of its own"):
+        large.main()
 
 
 def test_mistakes_are_named(series, monkeypatch):

@@ -72,7 +72,8 @@ PLAN = {
     "muon": {"optim.name": "muon", "augment.flip": "alternating", "optim.clip_value": 0.5, "loader.drop_last": True,
              "optim.ema_decay": 0.9},
     "hardest": {"loop.hardest": [1, 0.6], "augment.flip": "random"},
-    "unsynced": {"loop.sync_norm": False, "optim.name": "adamw", "optim.lr": 3e-3, "loader.shares": "fixed"},
+    "unsynced": {"loop.sync_norm": False, "optim.name": "adamw", "optim.lr": 3e-3, "loader.shares": "fixed",
+                 "optim.ema_decay": 0.9},
 }
 
 

@@ -1,4 +1,9 @@
 """doctor, preview: what a user calls when something does not look right."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +33,18 @@ def test_what_is_missing_is_said_with_the_command(run, tmp_path, monkeypatch):
     assert empty["data"].good is None and "--sources.kind download" in empty["data"].mend
 
 
+def test_what_the_programs_import_may_be_missing(tmp_path):
+    """As in a fresh clone: none of the packages can be imported."""
+    hide = "import sys; [sys.modules.__setitem__(name, None) for name in sys.argv[1].split(',')]; sys.argv = ['doctor']\n" \
+           "from seresnet import doctor, runtime\nruntime.run_program(doctor.main)"
+    for names in ("numpy", "yaml", "torch,numpy,fastargs,yaml,PIL,ffcv,matplotlib"):
+        done = subprocess.run([sys.executable, "-c", hide, names], capture_output=True, text=True, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        for name in names.split(",")[:5]:
+            assert f"pip install {name.replace('yaml', 'PyYAML').replace('PIL', 'pillow')}" in done.stdout
+
+
 def test_a_preview_shows_the_images_and_their_augmentation(run, tmp_path):
     folder = run[0].parent
     keys = ["--beton.train", str(folder / "train.beton"), "--beton.test", str(folder / "test.beton"), "--model.classes", "0",
@@ -46,6 +63,8 @@ def test_a_preview_shows_the_images_and_their_augmentation(run, tmp_path):
     assert status == 0, errors
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1000
+    status, _, errors = run_module("preview", tmp_path, *keys, "--out", "p.bmp")
+    assert status == 2 and "expected a name that ends in .png" in errors
     status, _, errors = run_module("preview", tmp_path, *keys, "--out", "no/p.png")
     assert status == 2 and "there is no folder no" in errors
 

@@ -31,6 +31,13 @@ def train(clone, answers, *arguments, **environment):
     return done.returncode, done.stdout, (clone / "calls").read_text().splitlines()
 
 
+@pytest.fixture
+def recipe(clone):
+    """A recipe of CIFAR-10 in it, which falls back where there are no data."""
+    (clone / "x.yaml").write_text("beton: {train: data/cifar10_train.beton}\n")
+    return clone
+
+
 def test_data_at_hand_are_converted_and_trained_on(clone):
     status, _, calls = train(clone, [0, 0], "rn_configs/se94.yaml", "--loop.epochs", "2")
     assert status == 0 and calls == ["write_datasets.py --config-file rn_configs/se94.yaml --loop.epochs 2",
@@ -46,22 +53,43 @@ def test_a_named_folder_is_used_or_nothing(clone):
     assert status == 4 and len(calls) == 1
 
 
-def test_without_data_it_downloads(clone):
+def test_without_data_it_downloads(recipe):
+    clone = recipe
     status, output, calls = train(clone, [4, 0, 0], "x.yaml")
     assert status == 0 and calls[1:] == ["write_datasets.py --config-file x.yaml --sources.kind download",
                                          "ffcv_train.py --config-file x.yaml"]
     assert "downloading CIFAR-10" in output
 
 
-def test_without_data_and_network_it_says_so_and_takes_the_digits(clone):
+def test_without_data_and_network_it_says_so_and_takes_the_digits(recipe):
+    clone = recipe
     status, output, calls = train(clone, [4, 4, 0, 0], "x.yaml", "--loop.epochs", "2")
     assert status == 0 and calls[2:] == ["write_datasets.py --config-file rn_configs/digits.yaml",
                                          "ffcv_train.py --config-file rn_configs/digits.yaml"]
     assert "make train CIFAR10_DIR=" in output and "digits" in output
 
 
+def test_who_names_a_place_or_has_own_images_gets_those_or_an_error(recipe):
+    status, output, calls = train(recipe, [4], "x.yaml", "--sources.path", "petz")
+    assert status == 4 and len(calls) == 1 and not output
+    (recipe / "calls").unlink()
+    (recipe / "own.yaml").write_text("beton: {train: data/own_train.beton}\n")
+    assert train(recipe, [4], "own.yaml")[0] == 4
+
+
+def test_what_was_converted_before_is_trained_on(recipe):
+    (recipe / "data").mkdir()
+    for split in ("train", "test"):
+        assert "downloading" in train(recipe, [4, 0, 0], "x.yaml")[1]
+        (recipe / "calls").unlink()
+        (recipe / f"data/cifar10_{split}.beton").touch()
+    status, output, calls = train(recipe, [4, 0], "x.yaml")
+    assert status == 0 and calls[1:] == ["ffcv_train.py --config-file x.yaml"] and "converted before" in output
+
+
 @pytest.mark.parametrize("answers", [[2], [4, 2], [4, 4, 2], [0, 3], [4, 0, 130]])
-def test_any_other_failure_is_the_end(clone, answers):
+def test_any_other_failure_is_the_end(recipe, answers):
+    clone = recipe
     status, _, calls = train(clone, answers, "x.yaml")
     assert status == answers[-1] and len(calls) == len(answers)
 

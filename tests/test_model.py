@@ -152,7 +152,7 @@ def test_norm_scales_can_be_left_at_one_and_statistics_take_their_momentum():
     assert all(n.weight.requires_grad and n.momentum == 0.1 for n in net().modules() if isinstance(n, nn.BatchNorm2d))
 
 
-def test_whitened_patches_are_white():
+def test_whitened_patches_are_white(monkeypatch):
     torch.manual_seed(0)
     mixing = torch.randn(3, 3)    # correlated colours, smoothed over neighbours: far from white
     images = torch.einsum("ij,njhw->nihw", mixing, torch.randn(64, 3, 16, 16))
@@ -168,6 +168,10 @@ def test_whitened_patches_are_white():
     second_moments = positive @ positive.T / positive.shape[1]
     assert torch.allclose(second_moments, torch.eye(12, dtype=torch.float64), atol=0.02)
     assert not any(parameter.requires_grad for parameter in built.stem.parameters())
+    monkeypatch.setattr("seresnet.model.PATCHES", 1000)    # a few images at once, as with large ones
+    parts = net(stem="whiten")
+    parts.whiten(images)
+    assert torch.allclose(parts.stem[0].weight, built.stem[0].weight, atol=1e-6)
 
 
 def test_budget_message_has_both_numbers():

@@ -53,3 +53,10 @@ def test_blur_and_pixelation_leave_an_even_image_alone():
 def test_what_there_is_not_is_refused(name, severity):
     with pytest.raises(ValueError, match="expected one of noise"):
         corrupt(IMAGES, name, severity)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_parts_give_what_the_whole_gives(name, monkeypatch):
+    whole = corrupt(IMAGES, name, 3)
+    monkeypatch.setattr("seresnet.shift.PART", 7)
+    assert np.array_equal(corrupt(IMAGES, name, 3), whole)
