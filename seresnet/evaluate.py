@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+from seresnet import runtime
 
-from seresnet import beton, pictures, report, runtime, shift, sources, trained
-from seresnet.augment import normalise
-from seresnet.loss import Tally, Totals
-from seresnet.tta import VIEWS, log_probabilities
+if __name__ == "__main__":
+    runtime.tune_allocator()    # before torch is imported: it starts this once more
+
+import numpy as np    # noqa: E402
+import torch    # noqa: E402
+import torch.nn.functional as F    # noqa: E402
+from torch import nn    # noqa: E402
+
+from seresnet import beton, pictures, report, shift, sources, trained    # noqa: E402
+from seresnet.augment import normalise    # noqa: E402
+from seresnet.loss import Tally, Totals    # noqa: E402
+from seresnet.tta import VIEWS, log_probabilities    # noqa: E402
+
 
 class Evaluation(NamedTuple):
     """Totals of the plain images, and of the views together."""

@@ -12,12 +12,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-import numpy as np
+from seresnet import runtime
 
-from seresnet import report, runtime, trained
-from seresnet.files import FITS
-from seresnet.inputs import read_unlabelled
-from seresnet.tta import VIEWS
+if __name__ == "__main__":
+    runtime.tune_allocator()    # before torch is imported: it starts this once more
+
+import numpy as np    # noqa: E402
+
+from seresnet import report, trained    # noqa: E402
+from seresnet.files import FITS    # noqa: E402
+from seresnet.inputs import read_unlabelled    # noqa: E402
+from seresnet.tta import VIEWS    # noqa: E402
 
 
 def as_csv(ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], *, names: bool, proba: bool) -> str:

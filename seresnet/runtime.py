@@ -237,9 +237,9 @@ def _raise_or_leave() -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """End the program. After a failure among several processes at once: what is left of their group, held by the exception,
-    would abort the interpreter on its way out."""
-    if _voice is not None:
+    """End the program. Among several processes at once: threads of their group may outlive it, or an exception hold it, which
+    aborts the interpreter on its way out; the launcher would take a finished training for a failed one."""
+    if _voice is not None or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

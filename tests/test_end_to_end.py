@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from conftest import run_module
+from seresnet.beton import open_beton, read_images
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--loop.epochs", 2, "--optim.warmup_epochs", 1, "--run.device", "cpu")
@@ -65,7 +69,10 @@ def test_the_run_folders_config_repeats_the_run(digits):
     assert second["seed"] == 5 and first["loss_tta"] == second["loss_tta"] and first["correct"] == second["correct"]
 
 
-def test_real_cifar10_trains(cifar10_dir, tmp_path):
+@pytest.fixture(scope="module")
+def real(cifar10_dir, tmp_path_factory):
+    """A folder with CIFAR-10's betons, and in `run` a narrow net of 50 steps."""
+    tmp_path = tmp_path_factory.mktemp("real")
     recipe = ("--config-file", ROOT / "rn_configs/se94.yaml")
     assert run("write_datasets.py", tmp_path, *recipe, "--sources.path", cifar10_dir)[0] == 0
     # a narrow net and a long stride through the images: this is about the path, records/ are about accuracy. After 50 steps seeds lie
@@ -73,9 +80,38 @@ def test_real_cifar10_trains(cifar10_dir, tmp_path):
     status, output, errors = run("ffcv_train.py", tmp_path, *recipe, "--model.channels", "16,32,32", "--loop.epochs", 1,
                                  "--augment.sides", "", "--run.folder", "run", "--evaluate.tta", "none", "--run.seed", 2)
     assert status == 0, errors
-    report = json.loads((tmp_path / "run/report.json").read_text())
+    return tmp_path
+
+
+def test_real_cifar10_trains(real):
+    report = json.loads((real / "run/report.json").read_text())
     assert report["evaluated"] == 10000 and report["accuracy"] > 0.45
     assert report["data"]["set"] == "cifar10" and report["data_wait_fraction"] < 0.2
+
+
+def test_what_follows_a_training_works_on_real_images(real, cifar10_dir):
+    report, test = json.loads((real / "run/report.json").read_text()), open_beton(real / "data/cifar10_test.beton")
+    official = cifar10_dir / "cifar-10-batches-bin/test_batch.bin"
+    status, output, errors = run_module("predict", real, "--checkpoint", "run", "--out", "p.csv", "--images",
+                                        official if official.exists() else "data/cifar10_test.beton")
+    assert status == 0, errors
+    rows = [line.split(",") for line in (real / "p.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == [str(i) for i in range(10000)]
+    assert abs(sum(int(row[1]) == label for row, label in zip(rows, test.labels)) - report["correct"]) <= 20, "batches may be others"
+
+    images, labels = read_images(test, np.arange(300)), test.labels[:300]
+    np.savez(real / "few.npz", x_train=images[:9], y_train=labels[:9], x_test=images, y_test=labels, classes=np.array(test.classes))
+    status, output, errors = run_module("evaluate", real, "--checkpoint", "run", "--data", "few.npz", "--shift", "--out", "told")
+    assert status == 0 and "300 images" in output, errors
+    told = json.loads((real / "told/evaluation.json").read_text())
+    assert abs(told["accuracy"] - report["accuracy"]) < 0.1 and told["shift"]["noise"][4] < told["accuracy"]
+
+    status, output, errors = run_module("export", real, "--checkpoint", "run", "--format", "exported")
+    assert status == 0 and "on 1,000 images of data/cifar10_test.beton the same labels" in output, errors
+    status, _, errors = run_module("preview", real, "--config-file", ROOT / "rn_configs/se94.yaml", "--images", 2, "--out", "p.png")
+    assert status == 0 and (real / "p.png").stat().st_size > 10_000, errors
+    status, output, errors = run_module("report", real, "run", "--picture", "runs.png")
+    assert status == 0 and f"{report['accuracy']:.2%}" in output, errors
 
 
 @pytest.mark.parametrize("arguments, status, message", [

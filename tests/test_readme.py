@@ -75,10 +75,10 @@ def test_what_to_do_with_a_trained_net(place):
     for language, text in examples("What to do with a trained net"):
         if language == "python":
             shell(place, f"python - <<'END'\nimport numpy as np\nimages = np.zeros((5, 64, 64, 3), np.uint8)\n{text}\n"
-                         "assert labels.shape == (5,) and len(net.classes) == 7\nEND\n")
+                         "assert labels.shape == (5,) and len(net.classes) == 7 and len(new.ids) == 14 and told['accuracy'] > 0.5\nEND\n")
         else:
             shell(place, text)
-    for name in ("proba.csv", "runs.csv", "runs.png", "preview.png", "runs/pets/model.pt2", "runs/pets/model.onnx",
+    for name in ("proba.csv", "runs.csv", "runs.png", "preview.png", "runs/pets/model.pt2", "pets.onnx", "runs/pets/model.onnx",
                  "runs/pets/evaluation/evaluation.json", "runs/pets/evaluation/shift.png"):
         assert (place / name).stat().st_size > 0, name
 

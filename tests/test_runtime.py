@@ -1,6 +1,7 @@
 """runtime: exit statuses, the allocator's restart, seeds that do not overlap, choices of device and number format."""
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ def run_python(code, **environment):
 def test_exit_status_and_message(body, status, text):
     done = run_python(f"from seresnet import runtime\ndef main():\n    {body}\nruntime.run_program(main)")
     assert (done.returncode, done.stderr) == (status, text)
+
+
+@pytest.mark.parametrize("world, status", [("1", -signal.SIGABRT), ("2", 0)])
+def test_what_aborts_an_interpreter_on_its_way_out_does_not_fail_one_of_several_processes(world, status):
+    done = run_python("import atexit, os; from seresnet import runtime; atexit.register(os.abort); "
+                      "runtime.run_program(lambda: print('done', flush=True))", WORLD_SIZE=world)
+    assert done.returncode == status and done.stdout == "done\n"
 
 
 def test_a_defect_keeps_its_traceback():
