@@ -42,7 +42,7 @@ def our_points(files: Sequence[str]) -> list[dict]:
     points = []
     for file in files:
         try:
-            series = json.loads(Path(file).read_text())
+            series = json.loads(Path(file).read_text(encoding="utf-8"))
             accuracies = [run["accuracy_tta"] for run in series["runs"]]
             seconds = statistics.median(run["train_seconds"] + run["eval_seconds"] for run in series["runs"])
             flop, split = flop_of_training(series), series["split"]
@@ -92,14 +92,14 @@ def main() -> None:
     parser.add_argument("--picture", help="write the plot to this file, such as frontier.png")
     own = parser.parse_args(sys.argv[1:])
     try:
-        peers = json.loads(Path(own.peers).read_text()) if own.peers else {}
+        peers = json.loads(Path(own.peers).read_text(encoding="utf-8")) if own.peers else {}
         peers = {name: {key: float(peer[key]) for key in ("accuracy", "seconds")} for name, peer in peers.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise runtime.UserError(f"--peers: {own.peers}: {error!r}: expected {{name: {{accuracy, seconds}}}}") from error
     if own.picture:
         report.check_picture(own.picture)
     ours = our_points(own.series)
-    points = ours + their_points(yaml.safe_load(ANCHORS.read_text()), peers, ours[0]["rate"])
+    points = ours + their_points(yaml.safe_load(ANCHORS.read_text(encoding="utf-8")), peers, ours[0]["rate"])
     print(table(points))
     print(f"\nreckoned: PFLOP at the {ours[0]['rate'] / 1e12:.3f} TFLOP/s of {ours[0]['name']}'s training")
     if own.picture:

@@ -81,10 +81,10 @@ def run_seed(settings: config.Config, seed: int, folder: Path) -> dict:
 def read_report(folder: Path) -> dict:
     """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece."""
     outcome = report.read_report(folder)
-    series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text())
+    series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     whole = series.exists() and not outcome["resumed"]
     return {**outcome, "commit": environment["commit"],
-            "seconds": json.loads(series.read_text())["seconds"] if whole else None}
+            "seconds": json.loads(series.read_text(encoding="utf-8"))["seconds"] if whole else None}
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:

@@ -134,7 +134,7 @@ class _Wandb:
         if not known.exists():
             write_text(known, secrets.token_hex(8))
         try:
-            self._run = wandb.init(project="seresnet", name=path.name, id=known.read_text(), resume="allow", dir=str(path),
+            self._run = wandb.init(project="seresnet", name=path.name, id=known.read_text(encoding="utf-8"), resume="allow", dir=str(path),
                                    config=dict(config), settings=wandb.Settings(console="off"))
         except wandb.errors.Error as error:
             raise UserError(f"report.wandb: {error}: `wandb login`, or WANDB_MODE=offline and `wandb sync` later, or leave it false"

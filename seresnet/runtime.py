@@ -127,7 +127,7 @@ def launch() -> Launch:
 def _started(process: int) -> str:
     """When a process began, in the kernel's ticks; '' where that is not to be had."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         return ""
 
@@ -521,7 +521,7 @@ def _left_by_cgroups(membership: Path, mount: Path) -> float:
     A group's page cache that was not used lately would make room. A container sees its own group as the root.
     """
     try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return math.inf
     left = math.inf
@@ -534,8 +534,8 @@ def _left_by_cgroups(membership: Path, mount: Path) -> float:
         for group in (place, *place.parents):
             folder = mount / first / group
             try:
-                allowed, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                rows = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                allowed, used = (folder / limit).read_text(encoding="utf-8").strip(), int((folder / usage).read_text(encoding="utf-8"))
+                rows = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
                 if allowed != "max":
                     left = min(left, int(allowed) - used + int(rows.get(cache, 0)))
             except (OSError, ValueError):    # no such group as seen from here, or the root's, which has no limit
@@ -545,7 +545,7 @@ def _left_by_cgroups(membership: Path, mount: Path) -> float:
 
 def _free_memory() -> int:
     try:    # /proc/meminfo counts the page cache that would make room; sysconf does not
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     except OSError:
@@ -656,7 +656,7 @@ def describe_machine() -> dict[str, str | int]:
 
 def _processor_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
