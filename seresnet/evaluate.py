@@ -99,8 +99,9 @@ def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tu
     else:
         how = {name: net.config["sources"][name] for name in ("image_size", "fit", "test_share", "labels")}
         found = sources.find_source(path, **how).read()
-        splits = (found.train, found.test) if split == "all" else (found.test,)
-        images, labels = (np.concatenate([getattr(part, name) for part in splits]) for name in ("images", "labels"))
+        images, labels = found.test.images, found.test.labels
+        if split == "all":
+            images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
         classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
     problems = []
     if tuple(classes) != net.classes:
@@ -136,9 +137,6 @@ def main() -> None:
     images, labels, text = read_labelled(options.data, net, options.split)
     folder = Path(options.out) if options.out else net.path.parent / "evaluation"
     report.create_folder(folder)
-    written = [folder / name for name in ("evaluation.json", "confusion.png", "mistakes.png", "shift.png")]
-    for path in written:    # of another evaluation, which need not have made them all
-        path.unlink(missing_ok=True)
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta)
@@ -173,7 +171,11 @@ def main() -> None:
                     for i in wrong]
         pictures.draw_sheet(images[wrong], captions, "the most confident mistakes: true class \u2192 prediction", folder / "mistakes.png",
                             columns=8)
-    report.say(f"\n{folder}: {', '.join(path.name for path in written if path.is_file())}")
+    written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": options.shift}
+    for file, made in written.items():    # what an earlier evaluation left and this one did not make
+        if not made:
+            (folder / file).unlink(missing_ok=True)
+    report.say(f"\n{folder}: {', '.join(file for file, made in written.items() if made)}")
 
 
 if __name__ == "__main__":
