@@ -19,8 +19,8 @@ def main() -> None:
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
     source = sources.find_source(**vars(settings.sources))
     print(f"source: {source.describe()}", flush=True)
-    if source.left_out():
-        print(source.left_out(), flush=True)
+    if left_out := source.left_out():
+        print(left_out, flush=True)
     storage = {"storage": settings.beton.storage}
     if settings.beton.storage == "jpeg":
         storage["jpeg_quality"] = settings.beton.jpeg_quality

@@ -128,9 +128,9 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
     without = config.build({"run.threads": settings.run.threads})
-    if settings != without:
-        changed = [f"{section}.{key}" for section, values in settings.as_dict().items() for key, value in values.items()
-                   if value != without.as_dict()[section][key]]
+    changed = [f"{section}.{key}" for section, values in settings.as_dict().items() for key, value in values.items()
+               if value != without.as_dict()[section][key]]
+    if changed:
         raise runtime.UserError(f"{', '.join(changed)}: this benchmark has a net and a set of its own: change run.threads alone")
     images = int(own.gib * (1 << 30) / (SIDE * SIDE * 3)) + 1
     folder = Path(own.folder)

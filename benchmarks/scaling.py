@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys

@@ -12,8 +12,8 @@ shift
 convert() { "$python" write_datasets.py --config-file "$config" "$@"; }
 
 own_data() {
-    case " $* " in *" --sources."*) return 0 ;; esac
-    ! grep -q cifar10_train.beton "$config"
+    case " $* " in *" --sources.path"* | *" --sources.kind"*) return 0 ;; esac
+    grep -q '^ *train: .*\.beton' "$config" && ! grep -q cifar10_train.beton "$config"    # without: the default, CIFAR-10
 }
 
 if [ -n "${CIFAR10_DIR:-}" ]; then

@@ -104,6 +104,7 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
     """
     path = Path(path)
     images = np.ascontiguousarray(split.images)
+    _check_writable(path, 0)    # before anything is encoded
     contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
     _check_writable(path, images.nbytes if storage == "raw" else sum(map(len, contents)))
     try:
@@ -164,7 +165,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Keep other converters from `path` while the block runs. Raises BetonError where one is at work on it."""
     place = path.with_name(f".{path.name}.lock")
     while True:
-        with open(place, "a") as file:
+        with open(place, "ab") as file:
             if not runtime.lock(file):
                 raise BetonError(f"{path}: another process is writing this file: wait for it, or choose another place with "
                                  "--beton.train and --beton.test")

@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,6 +19,8 @@ from seresnet import runtime
 from seresnet.files import SourceError, load_pickle
 from seresnet.imageset import ImageSet, Split, channel_statistics
 
+PART = 1 << 20           # of an archive, read at once
+MOST_MEMBERS = 200
 LARGEST_BATCH_FILE = 256 << 20    # the largest official file has 155 MB; more is no batch, and is not read into memory
 WEBSITE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
@@ -153,7 +156,7 @@ class _Sparing(gzip.GzipFile):
     """tarfile reads some headers whole, however long they claim to be, and some kilobytes unpack to gigabytes."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= LARGEST_BATCH_FILE + tarfile.BLOCKSIZE:
+        if size is None or not 0 <= size <= PART:
             raise tarfile.ReadError(f"a part of {size} bytes")
         return super().read(size)
 
@@ -165,7 +168,9 @@ def read_archive(path: Path) -> tuple[str, str, dict[str, bytes]]:
     found: dict[tuple[str, str], dict[str, bytes]] = {}
     try:
         with _Sparing(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
-            for member in archive:
+            for count, member in enumerate(archive, 1):
+                if count > MOST_MEMBERS:
+                    raise SourceError(f"{path}: has more than {MOST_MEMBERS} members, official ones ten: it is no CIFAR archive")
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isreg() or member.isdir()):
                     raise SourceError(f"{path}: holds {member.name!r}, a link, a device or a path that leads outside: "
@@ -175,10 +180,10 @@ def read_archive(path: Path) -> tuple[str, str, dict[str, bytes]]:
                         raise SourceError(f"{path}: {member.name} has {member.size} bytes, expected 155 MB at most: it is "
                                           "no CIFAR batch")
                     name, layout, file = wanted[str(place)]
-                    found.setdefault((name, layout), {})[file] = archive.extractfile(member).read()
-            while unpacked.read(1 << 20):    # to the end, where gzip's checksum is
+                    found.setdefault((name, layout), {})[file] = b"".join(iter(partial(archive.extractfile(member).read, PART), b""))
+            while unpacked.read(PART):    # to the end, where gzip's checksum is
                 pass
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"is cut off or no .tar.gz ({type(error).__name__})"
         raise SourceError(f"{path}: {reason}: fetch it again") from error
     for (name, layout), contents in found.items():

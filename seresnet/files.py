@@ -1,6 +1,7 @@
 """Files that strangers wrote -> arrays and plain values: read within limits, and nothing in them is ever executed."""
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -29,8 +30,9 @@ class SourceError(UserError):
 
 
 def is_image(file: Path) -> bool:
-    """Whether `file` is named as a picture that we read. Hidden ones are none: macOS puts `._cat.jpg` beside `cat.jpg`."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    """Whether `file`, relative to what was named, is a picture that we read. Hidden ones are none, nor those in hidden folders:
+    macOS puts `._cat.jpg` beside `cat.jpg`."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
 def left_out(folder: Path, taken: Iterable[Path]) -> str:
@@ -189,7 +191,7 @@ class _Dtype:
     __slots__ = ("dtype",)
 
     def __init__(self, code: object):
-        if not (isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufSU]\d{1,4}", code)):
+        if not (isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufSU][1-9]\d{0,3}", code)):
             raise SourceError(f"holds an array of {code!r}, expected numbers: do not trust this file")
         self.dtype = np.dtype(code)
 
@@ -202,11 +204,16 @@ class _Dtype:
 class _Array(np.ndarray):
     """An array whose content follows as state, checked before numpy sees it."""
 
+    filled = False
+
     def __setstate__(self, state: object) -> None:
         _version, shape, dtype, fortran_order, content = state
         content = content.encode("latin1") if isinstance(content, str) else content    # how Python 2 wrote bytes
         if not (isinstance(dtype, _Dtype) and isinstance(content, bytes)):
             raise SourceError("fills an array with something other than numbers: do not trust this file")
+        if self.filled or math.prod(shape) * dtype.dtype.itemsize != len(content):    # numpy frees before it looks
+            raise SourceError("fills an array twice, or with bytes that are not its own: do not trust this file")
+        self.filled = True
         super().__setstate__((1, shape, dtype.dtype, fortran_order, content))
 
 
@@ -221,12 +228,18 @@ def _empty_array(kind, shape, dtype) -> np.ndarray:
     return _Array((0,), np.uint8)
 
 
-def _array_of_buffer(buffer, dtype: _Dtype, shape, order) -> np.ndarray:
-    return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order)
+def _array_of_buffer(buffer, dtype, shape, order, axis_order=None) -> np.ndarray:
+    """What numpy's `_frombuffer` gives. Order `K`: the axes lie in memory as `axis_order` says."""
+    if not (isinstance(buffer, (bytes, bytearray)) and isinstance(dtype, _Dtype)):
+        raise SourceError("makes an array of something other than bytes: do not trust this file")
+    array = np.frombuffer(bytes(buffer), dtype.dtype)
+    return array.reshape(shape, order=order) if order != "K" else array.reshape(shape).transpose(axis_order)
 
 
-def _scalar(dtype: _Dtype, content) -> np.generic:
+def _scalar(dtype, content) -> np.generic:
     content = content.encode("latin1") if isinstance(content, str) else content
+    if not (isinstance(content, bytes) and isinstance(dtype, _Dtype)):
+        raise SourceError("makes a number of something other than bytes: do not trust this file")
     return np.frombuffer(content, dtype.dtype, 1)[0]
 
 

@@ -14,6 +14,7 @@ from seresnet.sources import as_images, check_room
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
 ID_KEYS = ("ids", "id", "ID")
+IN_PARTS = "predict them in parts"
 BINARY_ROWS = (3073, 3074, 3072)    # CIFAR-10's rows (a label byte and the pixels), CIFAR-100's (two), pixels alone
 
 
@@ -67,11 +68,11 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
 
 
 def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
-    names = [file.relative_to(path) for file in path.rglob("*") if is_image(file)]
+    names = [name for name in (file.relative_to(path) for file in path.rglob("*")) if is_image(name)]
     if not names:
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
     names.sort(key=lambda name: (str(name.parent), len(name.stem) if name.stem.isdigit() else 0, str(name)))
-    check_room(len(names) * side * side * 3)
+    check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
     for i, name in enumerate(names):
         images[i] = _expected(read_image(path / name, size=size, fit=fit)[None], side, str(path / name))[0]
@@ -103,15 +104,15 @@ def _table(path: Path) -> Unlabelled:
     if array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):
         raise SourceError(f"{path}: {key} has the shape {array.shape}, which is one image or several grey ones: give colour images as "
                           "(N, H, W, 3), one as images[None], grey ones as (N, H, W, 1)")
-    images = as_images(array, f"{path}: {key}")
+    images = as_images(array, f"{path}: {key}", way_out=IN_PARTS)
     ids = next((content[name] for name in ID_KEYS if content.get(name) is not None), range(len(images)))
     try:
-        ids = [as_text(name) for name in np.asarray(ids).reshape(-1).tolist()]
+        ids = np.asarray(ids)
     except ValueError as error:
         raise SourceError(f"{path}: its ids are no list of numbers or words: leave them out, or mend them") from error
-    if len(ids) != len(images):
-        raise SourceError(f"{path}: has {len(images)} images and {len(ids)} ids: every image needs one")
-    return Unlabelled(ids, images)
+    if ids.size != len(images):    # before they become texts: a file of some bytes may claim any number
+        raise SourceError(f"{path}: has {len(images)} images and {ids.size} ids: every image needs one")
+    return Unlabelled([as_text(name) for name in ids.reshape(-1).tolist()], images)
 
 
 def _binary_rows(path: Path) -> np.ndarray:

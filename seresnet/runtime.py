@@ -518,7 +518,7 @@ def free_memory_of_machine() -> int:
 def _left_by_cgroups(membership: Path, mount: Path) -> float:
     """Bytes that the control groups of `membership` (a /proc/<pid>/cgroup) still allow, infinite where none limits memory.
 
-    A group's page cache that was not used lately would make room. A container sees its own group as the root.
+    A group's page cache would make room. A container sees its own group as the root.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
@@ -526,8 +526,8 @@ def _left_by_cgroups(membership: Path, mount: Path) -> float:
         return math.inf
     left = math.inf
     for _, controllers, name in (line for line in lines if len(line) == 3):
-        first, limit, usage, cache = (("", "memory.max", "memory.current", "inactive_file") if not controllers else
-                                      ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+        first, limit, usage, prefix = (("", "memory.max", "memory.current", "") if not controllers else
+                                      ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
         if controllers and "memory" not in controllers.split(","):
             continue
         place = Path(name.lstrip("/"))
@@ -537,7 +537,8 @@ def _left_by_cgroups(membership: Path, mount: Path) -> float:
                 allowed, used = (folder / limit).read_text(encoding="utf-8").strip(), int((folder / usage).read_text(encoding="utf-8"))
                 rows = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
                 if allowed != "max":
-                    left = min(left, int(allowed) - used + int(rows.get(cache, 0)))
+                    cache = sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+                    left = min(left, int(allowed) - used + cache)
             except (OSError, ValueError):    # no such group as seen from here, or the root's, which has no limit
                 continue
     return left
@@ -678,8 +679,8 @@ def describe_versions() -> dict[str, str]:
 def git_commit() -> str:
     """The commit of the code that runs, with '+changes' where files differ from it; '' outside a checkout."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True,
+                              encoding="utf-8", check=True, timeout=10).stdout.strip()
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

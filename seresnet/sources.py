@@ -210,7 +210,7 @@ def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str]
 
 def _image_files(folder: Path) -> list[Path]:
     try:
-        return sorted(f for f in folder.iterdir() if is_image(f))
+        return sorted(file for file in folder.iterdir() if is_image(Path(file.name)))
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}: expected a folder of images") from error
 
@@ -254,12 +254,11 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     return stacked
 
 
-def check_room(needed: int) -> None:
+def check_room(needed: int, way_out: str = "make them smaller with --sources.image_size") -> None:
     """Raise SourceError where less than `needed` bytes of main memory are free."""
     room = runtime.free_memory_of_machine()
     if needed > room:
-        raise SourceError(f"the images take {needed >> 20} MiB of memory, {room >> 20} MiB are free: make them smaller with "
-                          "--sources.image_size")
+        raise SourceError(f"the images take {needed >> 20} MiB of memory, {room >> 20} MiB are free: {way_out}")
 
 
 def _read_folder(source: Source) -> ImageSet:
@@ -404,14 +403,16 @@ def _read_arrays(source: Source) -> ImageSet:
         raise SourceError(f"{source.path}: holds {', '.join(sorted(arrays))}; expected x_train, y_train, x_test and y_test, or "
                           "images and labels")
     names = next((arrays[k] for k in ("classes", "class_names", "label_names") if k in arrays), np.array([], str))
+    if names.size > 10_000:
+        raise SourceError(f"{source.path}: has {names.size:,} class names, expected at most 10,000")
     return _image_set(source, source.path.stem, read, tuple(map(as_text, names.reshape(-1).tolist())))
 
 
-def as_images(array: np.ndarray, where: str) -> np.ndarray:
+def as_images(array: np.ndarray, where: str, **room: str) -> np.ndarray:
     """uint8 (N, H, W, 3) from an array of images in another layout, grey values repeated.
 
     Taken are uint8 (N, H, W), (N, H, W, 1), (N, H, W, 3), (N, 1, H, W), (N, 3, H, W), and CIFAR's rows (N, 3072): 1,024
-    red, green and blue values. Raises SourceError, naming `where`, for anything else.
+    red, green and blue values. Raises SourceError, naming `where`, for anything else. room: `way_out` of check_room.
     """
     if array.dtype != np.uint8:
         raise SourceError(f"{where}: is {array.dtype} {array.shape}, expected uint8 in [0, 255]: scale and round it first")
@@ -424,7 +425,7 @@ def as_images(array: np.ndarray, where: str) -> np.ndarray:
     if array.ndim != 4 or array.shape[3] not in (1, 3) or not all(array.shape[1:]):
         raise SourceError(f"{where}: has the shape {array.shape}, expected (N, H, W, 3), (N, 3, H, W), (N, H, W) or (N, 3072)")
     if array.shape[3] == 1:
-        check_room(3 * array.nbytes)
+        check_room(3 * array.nbytes, **room)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
 

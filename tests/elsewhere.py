@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 BEFORE = {name: getattr(os, name) for name in ("replace", "rename", "unlink", "remove", "listdir", "readlink")}
@@ -49,6 +50,8 @@ for owner, names in ((os, ("sched_getaffinity", "sysconf", "sysconf_names", "get
 for name in ("fcntl", "resource", "pwd", "ffcv", "numba"):
     sys.modules[name] = None
 builtins.open = pathlib.io.open = without_proc
+
+warnings.filterwarnings("error", category=EncodingWarning, module=r"seresnet|write_datasets")
 
 import numpy as np    # noqa: E402
 

@@ -506,6 +506,10 @@ def test_a_job_knows_its_trainings_apart(betons, tmp_path):
     config = build({**SMALL, **betons, "loop.epochs": 1, "model.classes": 0, "model.image_size": 0}, recipe="stripes")
     assert loop.is_of(tmp_path / "stripes-1", config) and not loop.is_of(tmp_path, config)
     assert not loop.is_of(tmp_path / "stripes-1", dataclasses.replace(config, run=dataclasses.replace(config.run, seed=5)))
+    elsewhere = dataclasses.replace(config.beton, train=f"/copied/{Path(config.beton.train).name}")
+    assert loop.is_of(tmp_path / "stripes-1", dataclasses.replace(config, beton=elsewhere)), "a job's copy of the set"
+    other = dataclasses.replace(config.beton, train="other.beton")
+    assert not loop.is_of(tmp_path / "stripes-1", dataclasses.replace(config, beton=other))
     for name in ("stripes-1", "stripes-2"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "environment.json").write_text('{"job": "17/0"}')

@@ -34,7 +34,7 @@ def train(clone, answers, *arguments, **environment):
 @pytest.fixture
 def recipe(clone):
     """A recipe of CIFAR-10 in it, which falls back where there are no data."""
-    (clone / "x.yaml").write_text("beton: {train: data/cifar10_train.beton}\n")
+    (clone / "x.yaml").write_text("beton:\n  train: data/cifar10_train.beton\n")
     return clone
 
 
@@ -73,8 +73,9 @@ def test_who_names_a_place_or_has_own_images_gets_those_or_an_error(recipe):
     status, output, calls = train(recipe, [4], "x.yaml", "--sources.path", "petz")
     assert status == 4 and len(calls) == 1 and not output
     (recipe / "calls").unlink()
-    (recipe / "own.yaml").write_text("beton: {train: data/own_train.beton}\n")
-    assert train(recipe, [4], "own.yaml")[0] == 4
+    for name, falls_back in (("own_images", False), ("se94", True), ("seed_200", True), ("resnet18", True)):
+        assert train(recipe, [4, 0, 0], str(ROOT / f"rn_configs/{name}.yaml"))[0] == (0 if falls_back else 4), name
+    assert train(recipe, [4, 0, 0], "x.yaml", "--sources.fit", "crop")[0] == 0
 
 
 def test_what_was_converted_before_is_trained_on(recipe):

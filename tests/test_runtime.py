@@ -115,7 +115,7 @@ def test_memory_is_what_the_batch_system_leaves(tmp_path, version, limit, usage)
     assert runtime._left_by_cgroups(of, tmp_path / "mount") == runtime._left_by_cgroups(tmp_path / "none", tmp_path) == float("inf")
     (place / limit).write_text("1000000\n")
     (place / usage).write_text("400000\n")
-    (place / "memory.stat").write_text("anon 300000\ninactive_file 50000\ntotal_inactive_file 50000\n")
+    (place / "memory.stat").write_text("anon 300000\ninactive_file 30000\nactive_file 20000\ntotal_inactive_file 30000\ntotal_active_file 20000\n")
     assert runtime._left_by_cgroups(of, tmp_path / "mount") == 650_000
     for name, text in ((limit, "900000"), (usage, "700000"), ("memory.stat", "anon 1\n")):    # the group around it allows less
         (place.parent / name).write_text(text)

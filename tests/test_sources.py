@@ -209,10 +209,22 @@ class State(Payload):
     State((3, "|", ("S8", (3,)), None, None, 8, 1, 63), np.dtype, "S8", False, True), State({"x": 1}, np.dtype, "S8"),
     State((1, (1,), np.dtype("O"), False, [Payload(print)]), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),
     State((1, (1,), np.dtype("i4"), False, [1]), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),
+    State((1, (2,), np.dtype("i4"), False, b"1234"), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),    # half of its bytes
+    State((1, (1 << 40,), np.dtype("S0"), False, b""), np._core.multiarray._reconstruct, np.ndarray, (0,), b"b"),    # many of none
+    Payload(np._core.numeric._frombuffer, np.arange(4), np.dtype("i4"), (8,), "C"),    # another array's memory
+    Payload(np._core.numeric._frombuffer, b"1234", "O", (1,), "C"),
     Payload(np._core.multiarray._reconstruct, np.recarray, (0,), b"b"), Payload(np._core.multiarray.scalar, np.dtype("O"), b"A" * 8)])
 def test_a_pickle_cannot_make_pointers_of_its_bytes(content, protocol):
     with pytest.raises(SourceError, match="do not trust this file"):
         files.load_pickle(io.BytesIO(pickle.dumps({"data": content}, protocol)), "batch")
+
+
+def test_an_array_is_filled_once():
+    """A second time would free memory that views of the first may still have."""
+    once = pickle.dumps(np.arange(3, dtype="i4"), 2)
+    state = pickle.dumps((1, (1,), np.dtype("i4"), False, b"1234"), 2)[2:-1]
+    with pytest.raises(SourceError, match="fills an array twice"):
+        files.load_pickle(io.BytesIO(once[:-1] + state + b"b."), "batch")
 
 
 @pytest.mark.parametrize("name", ["dtype", "ndarray"])
@@ -280,11 +292,20 @@ def test_an_archive_with_flipped_bits_is_no_traceback(layouts, tmp_path):
 
 
 def test_a_header_that_unpacks_to_gigabytes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(official, "LARGEST_BATCH_FILE", 1 << 20)
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x" * (3 << 20)}):
         pass
     with pytest.raises(SourceError, match="fetch it again"):
         official.read_archive(tmp_path / "cifar-10-python.tar.gz")
+    path = archive_with(tmp_path, *((member(f"cifar-10-batches-py/{i}"), b"") for i in range(300)))
+    with pytest.raises(SourceError, match="more than 200 members"):
+        official.read_archive(path)
+    with tarfile.open(path, "w:gz", format=tarfile.GNU_FORMAT) as archive:    # a name of a name of a name ...
+        long = tarfile.TarInfo("././@LongLink")
+        long.type, long.size = tarfile.GNUTYPE_LONGNAME, 512
+        for _ in range(3000):
+            archive.fileobj.write(long.tobuf(tarfile.GNU_FORMAT) + b"x" * 512)
+    with pytest.raises(SourceError, match="fetch it again"):
+        official.read_archive(path)
 
 
 def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):

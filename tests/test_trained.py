@@ -110,6 +110,7 @@ def as_pickle(content, protocol=2):
     ("array.pkl", as_pickle(IMAGES), None, IMAGES),
     ("words.pkl", as_pickle({"data": ROWS, "ids": np.array(IDS)}, 4), IDS, SMOOTH),
     ("bytes.pkl", as_pickle({"data": ROWS, "ids": np.array(IDS, "S")}, 0), IDS, SMOOTH),
+    ("planes.pkl", as_pickle({"data": np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)}, 5), None, IMAGES),
     ("scalars.pkl", as_pickle({"data": ROWS, "ids": list(np.arange(5, 17, dtype=">i4"))}, 2), [str(i) for i in range(5, 17)], SMOOTH),
     ("columns.pkl", as_pickle({"data": np.asfortranarray(ROWS), "ids": np.arange(5, 17, dtype=">i4")}, 5), [str(i) for i in range(5, 17)], SMOOTH),
     ("planes.npy", lambda path: np.save(path, IMAGES.transpose(0, 3, 1, 2)), None, IMAGES),
@@ -134,7 +135,8 @@ def test_a_beton_and_a_folder(tmp_path):
     assert found.ids == [str(i) for i in range(12)], "2 before 10"
     assert np.array_equal(found.images, IMAGES)
     assert inputs.read_unlabelled(tmp_path / "7.png", 32).ids == ["7"] and not found.left_out
-    for name in ("._7.png", "8.webp", ".8.webp"):    # what macOS leaves beside a file; a format that we do not read
+    (tmp_path / ".thumbnails").mkdir()
+    for name in ("._7.png", ".thumbnails/9.png", "8.webp", ".8.webp"):    # what macOS leaves beside a file; a format that we do not read
         (tmp_path / name).write_bytes(b"x")
     again = inputs.read_unlabelled(tmp_path, 32)
     assert again.ids == found.ids and "left out: 1 pictures" in again.left_out and "8.webp" in again.left_out
