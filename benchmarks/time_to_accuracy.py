@@ -8,6 +8,7 @@ The seeds start at --first-seed: take seeds that were not used for tuning.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -89,16 +90,13 @@ def read_report(folder: Path) -> dict:
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
     """Raise UserError where the run in `folder` is not one of these settings and this seed."""
-    wanted = settings.as_dict()
-    wanted["run"].update(seed=seed, folder=str(folder))
+    wanted = dataclasses.replace(settings, run=dataclasses.replace(settings.run, seed=seed, folder=str(folder)))
     try:
-        defaults = {f"{section}.{key}": value for section, values in config.build({}).as_dict().items() for key, value in values.items()}
-        found = {**defaults, **config.read_file(str(folder / "config.yaml"))}    # a run may be older than a key
+        found = config.changes(config.read_file(str(folder / "config.yaml")), wanted)
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
-    differing = [f"{section}.{key}: {found.get(f'{section}.{key}')} there, {value} here" for section, values in wanted.items()
-                 for key, value in values.items() if found.get(f"{section}.{key}") != value
-                 and section != "sources" and (value or f"{section}.{key}" not in config.FROM_DATA)]    # those follow from the data
+    differing = [f"{name}: {there} there, {here} here" for name, there, here in found
+                 if not name.startswith("sources.")]    # which the run took from the data
     if differing:
         raise runtime.UserError(*(f"{folder}: {line}: choose another --out, or remove it" for line in differing))
 

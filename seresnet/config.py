@@ -539,6 +539,17 @@ def _checker(declared: fastargs.Config, name: str) -> Checker:
     return declared.entries[tuple(name.split("."))].checker
 
 
+def changes(before: Mapping, now: Config) -> list[tuple[str, object, object]]:
+    """(`section.key`, value before, value now) where a config that was written down differs from `now`.
+
+    before: sections, or flat `section.key` values; a key that it lacks is newer, and was as its default. What `now` leaves to
+    the data (FROM_DATA) is no change.
+    """
+    defaults, before = dict(_flatten(build({}).as_dict())), dict(_flatten(before))
+    found = ((name, before.get(name, defaults[name]), value) for name, value in _flatten(now.as_dict()))
+    return [(name, was, value) for name, was, value in found if was != value and (value or name not in FROM_DATA)]
+
+
 def _flatten(mapping: Mapping, prefix: str = ""):
     """('a.b', value) for each leaf; an empty section yields nothing, a section set to a plain value yields itself."""
     for name, value in mapping.items():

@@ -97,7 +97,7 @@ def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tu
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
     else:
-        how = {name: net.config["sources"][name] for name in ("image_size", "fit", "test_share", "labels")}
+        how = {name: net.config["sources"][name] for name in beton.HOW}
         found = sources.find_source(path, **how).read()
         images, labels = found.test.images, found.test.labels
         if split == "all":

@@ -111,9 +111,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
-                _check_room(path, sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()))
+                check_room(sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()), "split it", path)
             else:
-                _check_room(path, os.fstat(file.fileno()).st_size)
+                check_room(os.fstat(file.fileno()).st_size, "split it", path)
             file.seek(0)
             content = np.load(file, allow_pickle=False)
             if isinstance(content, np.ndarray):
@@ -133,10 +133,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise SourceError(f"{path}: {reason}") from error
 
 
-def _check_room(path: Path, needed: int) -> None:
+def check_room(needed: int, way_out: str, file: Path | None = None) -> None:
+    """Raise SourceError where less than `needed` bytes of main memory are free, for images or for what is in `file`."""
     room = runtime.free_memory_of_machine()
     if needed > room:
-        raise SourceError(f"{path}: unpacks to {needed >> 20} MiB, {room >> 20} MiB are free: split it")
+        takes = f"{file}: unpacks to {needed >> 20} MiB" if file else f"the images take {needed >> 20} MiB of memory"
+        raise SourceError(f"{takes}, {room >> 20} MiB are free: {way_out}")
 
 
 def load_pickle(file: BinaryIO, where: str) -> object:

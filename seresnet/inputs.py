@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import (IMAGE_SUFFIXES, SourceError, as_text, fit_images, is_image, left_out, load_pickle, read_arrays,
-                            read_image)
-from seresnet.sources import as_images, check_room
+from seresnet.files import (IMAGE_SUFFIXES, SourceError, as_text, check_room, fit_images, is_image, left_out, load_pickle,
+                            read_arrays, read_image)
+from seresnet.sources import as_images
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
 ID_KEYS = ("ids", "id", "ID")
@@ -101,10 +101,10 @@ def _table(path: Path) -> Unlabelled:
     array = content[key]
     if array.ndim == 2:
         _check_planes(array, f"{path}: {key}")
-    if array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):
+    if array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):    # labels, in a set to train on, would tell which
         raise SourceError(f"{path}: {key} has the shape {array.shape}, which is one image or several grey ones: give colour images as "
                           "(N, H, W, 3), one as images[None], grey ones as (N, H, W, 1)")
-    images = as_images(array, f"{path}: {key}", way_out=IN_PARTS)
+    images = as_images(array, f"{path}: {key}", IN_PARTS)
     ids = next((content[name] for name in ID_KEYS if content.get(name) is not None), range(len(images)))
     try:
         ids = np.asarray(ids)

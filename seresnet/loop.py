@@ -19,7 +19,7 @@ from seresnet import checkpoint, report, runtime
 from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, open_beton, read_images
 from seresnet.clock import Clock
-from seresnet.config import FROM_DATA, SECTIONS, Config, contradictions, read_file
+from seresnet.config import Config, changes, contradictions, read_file
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
@@ -437,20 +437,12 @@ def is_of(path: Path, config: Config) -> bool:
     """Whether the run in the folder `path` has this config, as far as can be told before the data are opened: a job may train
     one recipe with several seeds."""
     try:
-        saved = read_file(str(path / "config.yaml"))
+        found = changes(read_file(str(path / "config.yaml")), config)
     except runtime.UserError:
         return False
-    for section, values in config.as_dict().items():
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            before = saved.get(name, value)
-            if section == "beton" and key in ("train", "test"):    # a job's copy may lie in another place, under its name
-                same = Path(str(before)).name == Path(value).name
-            else:
-                same = before == value or {section, name} & WITHOUT_EFFECT or not value and name in FROM_DATA
-            if not same:
-                return False
-    return True
+    # of a set, a job's copy may lie in another place, under its name
+    return not any(has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name
+                   for name, before, value in found)
 
 
 def fingerprint(config: Config, data: Data) -> int:
@@ -516,16 +508,14 @@ def load_state(path: Path, config: Config, data: Data) -> dict:
     return state
 
 
+def has_effect(key: str) -> bool:
+    """Whether a run is another one where this `section.key` is."""
+    return not {key, key.partition(".")[0]} & WITHOUT_EFFECT
+
+
 def differences(state: dict, config: Config, data: Data) -> list[str]:
     """What of config and data is not as it was when `state` was saved, a line each; keys WITHOUT_EFFECT do not count."""
-    found = []
-    defaults = {name: asdict(section()) for name, section in SECTIONS.items()}    # keys that are newer than the checkpoint
-    for section, values in config.as_dict().items():
-        for key, value in values.items():
-            default = defaults[section][key]
-            before = state["config"].get(section, {}).get(key, list(default) if isinstance(default, tuple) else default)
-            if before != value and not {section, f"{section}.{key}"} & WITHOUT_EFFECT:
-                found.append(f"{section}.{key}: was {before}, is {value}")
+    found = [f"{name}: was {before}, is {value}" for name, before, value in changes(state["config"], config) if has_effect(name)]
     for split, beton in (("train", data.train), ("test", data.test)):
         if state["data"][split] != beton.sha256:
             found.append(f"beton.{split}: {beton.path} holds other bytes than before")

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from seresnet import runtime
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import IMAGE_SUFFIXES, SourceError, as_text, fit_images, is_image, left_out, read_arrays, read_image
+from seresnet.files import IMAGE_SUFFIXES, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays, read_image
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
 TEST_NAMES = ("test", "val", "valid", "validation")
 LABEL_FILE = "trainLabels.csv"
+SMALLER = "make them smaller with --sources.image_size"
 SUPPLY = (f"Put an official layout of CIFAR ({WEBSITE}: cifar-10-batches-bin/, cifar-10-batches-py/, cifar-10-python.tar.gz, "
           "...), a folder a class (train/<class>/*.png + test/<class>/*.png, or without the split), the Hub's "
           "train-*.parquet, or an .npz file there, or name another place with --sources.path")
@@ -202,7 +202,7 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float) -> np.nd
 
 def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], share: float) -> tuple[Split, Split]:
     test = choose_test(labels, names, share)
-    check_room(images.nbytes)    # what follows copies them
+    check_room(images.nbytes, SMALLER)    # what follows copies them
     return Split(images[~test], labels[~test]), Split(images[test], labels[test])
 
 
@@ -245,20 +245,13 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     stacked = np.empty((0, 0, 0, 3), np.uint8)
     for i, (name, image) in enumerate(images):
         if i == 0:
-            check_room(count * image.nbytes)
+            check_room(count * image.nbytes, SMALLER)
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
             raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
                               f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with --sources.image_size")
         stacked[i] = image
     return stacked
-
-
-def check_room(needed: int, way_out: str = "make them smaller with --sources.image_size") -> None:
-    """Raise SourceError where less than `needed` bytes of main memory are free."""
-    room = runtime.free_memory_of_machine()
-    if needed > room:
-        raise SourceError(f"the images take {needed >> 20} MiB of memory, {room >> 20} MiB are free: {way_out}")
 
 
 def _read_folder(source: Source) -> ImageSet:
@@ -408,11 +401,12 @@ def _read_arrays(source: Source) -> ImageSet:
     return _image_set(source, source.path.stem, read, tuple(map(as_text, names.reshape(-1).tolist())))
 
 
-def as_images(array: np.ndarray, where: str, **room: str) -> np.ndarray:
+def as_images(array: np.ndarray, where: str, way_out: str = SMALLER) -> np.ndarray:
     """uint8 (N, H, W, 3) from an array of images in another layout, grey values repeated.
 
     Taken are uint8 (N, H, W), (N, H, W, 1), (N, H, W, 3), (N, 1, H, W), (N, 3, H, W), and CIFAR's rows (N, 3072): 1,024
-    red, green and blue values. Raises SourceError, naming `where`, for anything else. room: `way_out` of check_room.
+    red, green and blue values. Raises SourceError, naming `where`, for anything else, and with `way_out` where
+    the memory does not hold them.
     """
     if array.dtype != np.uint8:
         raise SourceError(f"{where}: is {array.dtype} {array.shape}, expected uint8 in [0, 255]: scale and round it first")
@@ -425,7 +419,7 @@ def as_images(array: np.ndarray, where: str, **room: str) -> np.ndarray:
     if array.ndim != 4 or array.shape[3] not in (1, 3) or not all(array.shape[1:]):
         raise SourceError(f"{where}: has the shape {array.shape}, expected (N, H, W, 3), (N, 3, H, W), (N, H, W) or (N, 3072)")
     if array.shape[3] == 1:
-        check_room(3 * array.nbytes, **room)
+        check_room(3 * array.nbytes, way_out)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
 

@@ -1,4 +1,5 @@
 """beton: what is written reads back, whatever does not hold together is refused before FFCV sees it, nothing is lost."""
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import in_child, killed, start_child
-from seresnet import beton
+from seresnet import beton, config, sources
 from seresnet.beton import BetonError, is_current, open_beton, read_images, sidecar_path, write_beton
 from seresnet.imageset import Split
 from seresnet.sources import find_source
@@ -304,6 +305,20 @@ def test_too_little_space_is_said_before_writing(good, make_split, monkeypatch):
     monkeypatch.setattr(beton.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(BetonError, match="needs 16 MiB, 1 MiB are free"):
         write(good, make_split())
+
+
+def test_what_a_sidecar_may_say_of_the_sources_is_what_the_config_may():
+    how = sources.Source("folder", Path("x")).how()
+    assert list(beton.HOW) == list(how) == [field.name for field in dataclasses.fields(config.Sources)][2:]
+    for name, values in {"image_size": (0, 64, 4096, 4097, -1, 2.5), "fit": ("resize", "crop", "stretch"),
+                         "test_share": (0.2, 0.999, 0.0, 1.0, -0.5), "labels": ("fine", "coarse", "both")}.items():
+        for value in values:
+            try:
+                config.build({f"sources.{name}": value})
+                allowed = True
+            except config.ConfigError:
+                allowed = False
+            assert bool(beton.HOW[name](value)) == allowed, (name, value)
 
 
 def test_room_for_jpegs_is_that_of_jpegs(tmp_path, monkeypatch):
