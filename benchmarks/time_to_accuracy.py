@@ -56,27 +56,38 @@ def run_seed(settings: config.Config, seed: int, folder: Path) -> dict:
 
     Raises UserError where the folder holds a run of another config, or the program fails.
     """
+    arguments = arguments_of(settings, seed, folder)
+    if arguments:
+        train(arguments, folder)
+    return read_report(folder)
+
+
+def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
+    """What ffcv_train.py has to be called with for the run of `seed` in `folder`: to start it, or to go on with it; nothing where it
+    has ended. Raises UserError where the folder holds a run of another config."""
     if (folder / "config.yaml").exists():
         refuse_another(settings, seed, folder)
     if (folder / "report.json").exists():
-        return read_report(folder)
+        return []
     if (folder / "last.pt").exists():
-        arguments = ["--run.resume", str(folder)]
-    else:
-        if folder.exists():    # killed before its first checkpoint: nothing in it is worth keeping
-            shutil.rmtree(folder)
-        resolved = folder.with_name(f"{settings.recipe}.yaml")
-        resolved.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(resolved, yaml.safe_dump(settings.as_dict(), sort_keys=False))
-        arguments = ["--config-file", str(resolved), "--run.seed", str(seed), "--run.folder", str(folder)]
+        return ["--run.resume", str(folder)]
+    if folder.exists():    # killed before its first checkpoint: nothing in it is worth keeping
+        shutil.rmtree(folder)
+    resolved = folder.with_name(f"{settings.recipe}.yaml")
+    resolved.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(resolved, yaml.safe_dump(settings.as_dict(), sort_keys=False))
+    return ["--config-file", str(resolved), "--run.seed", str(seed), "--run.folder", str(folder)]
+
+
+def train(arguments: Sequence[str], folder: Path) -> None:
+    """Run ffcv_train.py to its end, and note the seconds of it in the run's `folder`. Raises UserError where it fails."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - started
     if done.returncode:
-        raise runtime.UserError(f"seed {seed}: the training ended with status {done.returncode}: {done.stderr.strip()[-500:]}: "
-                                "mend it and start this series again, it goes on where it was")
+        raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {done.returncode}: "
+                                f"{done.stderr.strip()[-500:]}: mend it and start this series again, it goes on where it was")
     report.write_text(folder / "series.json", json.dumps({"seconds": seconds}) + "\n")
-    return read_report(folder)
 
 
 def read_report(folder: Path) -> dict:

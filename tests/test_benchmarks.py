@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
+from benchmarks import compare, ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
 from seresnet import config, runtime
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,73 @@ def test_mistakes_are_named(series, monkeypatch):
     with pytest.raises(runtime.UserError) as caught:
         time_to_accuracy.main()
     assert len(caught.value.problems) == 3
+
+
+def test_differences_are_of_pairs():
+    def run(accuracy):
+        return {"accuracy_tta": accuracy, "accuracy": accuracy - 0.01, "last_training_accuracy": 0.9, "train_seconds": 3.0}
+    base = {10: run(0.90), 11: run(0.92), 12: run(0.91)}
+    found = compare.row({10: run(0.91), 11: run(0.93), 12: run(0.925), 13: run(0.503)}, base)    # seed 13 has nothing to be compared with
+    # worked by hand: differences 1, 1, 1.5 points, mean 7/6, deviation sqrt(1/12), t = 7/6 / sqrt(1/36) = 7; t(0.975, 2) = 4.302653
+    difference = found["difference"]
+    assert found["with_tta"]["n"] == 4 and difference["n"] == 3 and difference["mean"] == pytest.approx(7 / 600)
+    assert difference["interval_high"] - difference["mean"] == pytest.approx(4.302653 / 600, abs=1e-8)
+    # Student's distribution of 2 degrees of freedom in closed form
+    assert found["probability_of_no_gain"] == pytest.approx(0.5 - 7 / (2 * math.sqrt(2 + 49)), abs=1e-9)
+    alone = compare.row({10: run(0.89)}, base)
+    assert alone["difference"]["mean"] == pytest.approx(-0.01) and alone["probability_of_no_gain"] is None
+    assert compare.row(base, base)["difference"] is None
+    lines = compare.table({"as it is": compare.row(base, base), "more": found, "less": alone}, timed=False).splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")[2:9]] == ["4", "81.70%", "80.70%", "90.0%", "+1.17", "+0.45 to +1.88", "0.0099"]
+    assert [cell.strip() for cell in lines[4].split("|")[6:10]] == ["-1.00", "-", "-", "-"]
+
+
+@pytest.fixture(scope="module")
+def comparison(series):
+    """Arguments of a comparison on the three colours; its folder."""
+    return ["compare", "--config-file", series[0][2], "--evaluate.holdout_size", "6", "--out", str(series[1].parent / "compared"),
+            "--variant", "--optim.lr 0.05"], series[1].parent / "compared"
+
+
+def test_variants_are_trained_with_the_same_seeds_on_a_holdout(comparison, monkeypatch, capsys):
+    arguments, out = comparison
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
+    compare.main()
+    first = (out / "as_it_is/seed-10/report.json").stat().st_mtime_ns
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "2", "--jobs", "2", "--variant", "--optim.name  adamw --optim.lr 0.01"])
+    compare.main()
+    assert (out / "as_it_is/seed-10/report.json").stat().st_mtime_ns == first, "a finished run was run again"
+    record = json.loads((out / "colours.json").read_text())
+    assert {name: [run["seed"] for run in runs] for name, runs in record["runs"].items()} == {
+        "as it is": [10, 11], "--optim.lr 0.05": [10, 11], "--optim.name adamw --optim.lr 0.01": [10, 11]}
+    assert record["split"] == "holdout" and record["evaluated"] == 6
+    stored = yaml.safe_load((out / "optim.name_adamw_optim.lr_0.01/seed-11/config.yaml").read_text())
+    assert stored["optim"]["name"] == "adamw" and stored["evaluate"]["split"] == "holdout" and stored["run"]["seed"] == 11
+    output = capsys.readouterr().out
+    assert len(re.findall(r"seed 1[01]: [0-9.]+% in", output)) == 6 - 2, output    # two of six were there already
+    assert "| as it is " in output and "The best of 3 is flattered by being chosen" in output
+
+
+def test_a_variant_that_fails_leaves_the_others_alone(comparison, monkeypatch, capsys):
+    arguments, out = comparison
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1", "--variant", "--optim.lr 1e30"])
+    with pytest.raises(runtime.UserError, match="optim.lr_1e30: seed 10: the training ended with status 3"):
+        compare.main()
+    assert "| --optim.lr 0.05 " in capsys.readouterr().out
+
+
+def test_what_is_no_variant_is_named(comparison, monkeypatch):
+    wrong = ["--optim.lr 0.05", "--optim.lr 0.1", "--optim.lrr 1", "--seeds 4", "--run.seed 4", "--evaluate.holdout_size 9", "--optim.lr '"]
+    monkeypatch.setattr(sys, "argv", [*comparison[0], "--jobs", "0", "--run.folder", "x",
+                                      *(word for variant in wrong for word in ("--variant", variant))])
+    with pytest.raises(runtime.UserError) as caught:
+        compare.main()
+    told = caught.value.problems
+    assert len(told) == 2 + len(wrong), told
+    for variant, words in zip(wrong, ("is given twice", "is the recipe as it is", "optim.lrr", "how to compare", "how to compare",
+                                      "the same images", "quotation")):
+        assert any(repr(variant) in line and words in line for line in told), (variant, told)
 
 
 def test_growth_is_the_exponent_and_what_is_steep_is_marked():

@@ -96,6 +96,6 @@ def test_every_command_of_the_readme_is_understood(place, monkeypatch):
             config.parse(words[1:])    # every key known, every value allowed
         else:
             usage = shell(place, f"python {' '.join(words[:2])} --help")
-            unknown = [word for word in words[2:] if word.startswith("--") and not re.search(rf"{word}\b", usage)]
+            unknown = [word for word in " ".join(words[2:]).split() if word.startswith("--") and not re.search(rf"{word}\b", usage)]
             assert "--config-file" in usage or words[1] in ("seresnet.doctor", "benchmarks.frontier", "benchmarks.convolutions"), line
             assert usage.startswith("usage: ") and not unknown, line

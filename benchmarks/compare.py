@@ -1,0 +1,169 @@
+"""Variants of a recipe beside it, on a holdout: python -m benchmarks.compare --config-file rn_configs/se94.yaml --variant "--model.se none"
+
+The recipe as it is and with the options of each --variant are trained with the same seeds, so that differences are paired: what a
+seed's first weights and order of the images are worth cancels in part. They are judged on a holdout of the training images, so that the
+test set stays fresh for the one that is chosen; --on-test is for an ablation, by which nothing is chosen. Each run is a program of
+its own in OUT/<variant>/seed-N. Called again, the comparison goes on where it was interrupted; more seeds or variants may be asked for then.
+Several --jobs at a time fill a GPU; their seconds are then none to compare, and are left out.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from benchmarks import keep, problems_with
+from benchmarks.time_to_accuracy import accuracy_figures, arguments_of, read_report, train
+from seresnet import config, report, runtime
+
+AS_IT_IS = "as it is"
+NAME_LENGTH = 150
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The benchmark's own."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--variant", action="append", default=[], metavar='"OPTIONS"',
+                        help='options on top of the recipe\'s, such as "--optim.lr 0.1 --loop.epochs 12"; may be given again')
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--first-seed", type=int, default=10, help="seed of the first; the others follow it (default 10)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
+    parser.add_argument("--on-test", action="store_true", help="judge on the test split, when nothing is chosen by it")
+    parser.add_argument("--out", default="comparison", help="folder for the run folders and <recipe>.json (default comparison)")
+    return parser
+
+
+def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse.Namespace]:
+    """The config of the recipe as it is and of every variant, by name, and the benchmark's own arguments. Raises UserError with every
+    problem."""
+    base, own = config.parse(argv, arguments())
+    problems = problems_with(own, seeds=1, first_seed=0, jobs=1)
+    if base.run.folder or base.run.resume:
+        problems.append("run.folder, run.resume: the comparison gives each run a folder of its own: leave them out")
+    if base.evaluate.split == "holdout" and own.on_test:
+        problems.append("--on-test: evaluate.split is holdout: leave one of them out")
+    found = {AS_IT_IS: base}
+    for variant in own.variant:
+        try:
+            settings, theirs = config.parse([*argv, *shlex.split(variant)], arguments())
+        except ValueError as error:    # a ConfigError, or a quotation without an end
+            problems += [f"--variant {variant!r}: {line}" for line in getattr(error, "problems", [error])]
+            continue
+        if theirs.config_file == own.config_file:    # else the variant is another recipe's
+            settings = dataclasses.replace(settings, recipe=base.recipe)
+        theirs.config_file = own.config_file
+        differing = [name for name, *_ in config.changes(base.as_dict(), settings)]
+        if theirs != own or {"run.seed", "run.folder", "run.resume"} & set(differing):
+            problems.append(f"--variant {variant!r}: says how to compare, and not what: give that once, for all of them")
+        elif any(name.startswith("evaluate.") and name not in ("evaluate.tta", "evaluate.tta_sure") for name in differing):
+            problems.append(f"--variant {variant!r}: is not judged on the same images: leave evaluate to all of them")
+        elif not differing:
+            problems.append(f"--variant {variant!r}: is the recipe as it is: leave it out")
+        elif folder_name(variant) in map(folder_name, found):
+            problems.append(f"--variant {variant!r}: is given twice, or in its first {NAME_LENGTH} characters as another is")
+        found[" ".join(variant.split())] = settings
+    if problems:
+        raise runtime.UserError(*problems)
+    split = "test" if own.on_test else "holdout"
+    return {name: dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, split=split))
+            for name, settings in found.items()}, own
+
+
+def folder_name(variant: str) -> str:
+    """What the folder of a variant's runs is called."""
+    return re.sub(r"[^\w.,+-]+", "_", variant.replace("--", "")).strip("_")[:NAME_LENGTH]
+
+
+def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
+    """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone."""
+    failed: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(train, arguments, folder): folder for arguments, folder in todo}
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    folder, error = running.pop(future), future.exception()
+                    if error is None:
+                        outcome = read_report(folder)
+                        print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%} in "
+                              f"{outcome['train_seconds']:.1f} s of training", flush=True)
+                    elif isinstance(error, runtime.UserError):
+                        failed.append(f"{folder.parent.name}: {error}")
+                    else:
+                        raise error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
+    """Figures of one variant's runs and of their differences to those of the recipe as it is with the same seeds; {seed: run}.
+
+    `probability_of_no_gain`: that the true mean of the differences is at most 0, by Student's t, of the seeds' luck alone (all look
+    at the same images); None for fewer than two pairs.
+    """
+    shared = [seed for seed in runs if seed in base]
+    pairs = [runs[seed]["accuracy_tta"] - base[seed]["accuracy_tta"] for seed in shared]
+    differences = accuracy_figures(pairs, 0.0) if pairs and runs is not base else None
+    return {"with_tta": accuracy_figures([run["accuracy_tta"] for run in runs.values()], None),
+            "plain": statistics.fmean(run["accuracy"] for run in runs.values()),
+            "last_training_accuracy": statistics.fmean(run["last_training_accuracy"] for run in runs.values()),
+            "train_seconds": statistics.median(run["train_seconds"] for run in runs.values()),
+            "difference": differences,
+            "probability_of_no_gain": differences["probability_below_target"] if differences else None}
+
+
+def table(rows: Mapping[str, dict], timed: bool) -> str:
+    """The rows as Markdown, accuracies in percent, differences in points."""
+    def cells(name: str, found: dict) -> tuple[str, ...]:
+        difference = found["difference"]
+        interval = "-"
+        if difference and difference["n"] > 1:
+            interval = f"{difference['interval_low'] * 100:+.2f} to {difference['interval_high'] * 100:+.2f}"
+        return (name, str(found["with_tta"]["n"]), f"{found['with_tta']['mean']:.2%}", f"{found['plain']:.2%}",
+                f"{found['last_training_accuracy']:.1%}", f"{difference['mean'] * 100:+.2f}" if difference else "-", interval,
+                "-" if found["probability_of_no_gain"] is None else f"{found['probability_of_no_gain']:.2g}",
+                f"{found['train_seconds']:.1f}" if timed else "-")
+    return report.table(("variant", "n", "with TTA", "plain", "training", "points more", "95% interval", "probability of no gain",
+                         "training, s"), [cells(name, found) for name, found in rows.items()])
+
+
+def main() -> None:
+    variants, own = settings_of(sys.argv[1:])
+    out = Path(own.out)
+    places = {(name, seed): out / folder_name(name) / f"seed-{seed}"
+              for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
+    prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
+    failed = run_all([(arguments, folder) for arguments, folder in prepared if arguments], own.jobs)
+    runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
+    for (name, seed), folder in places.items():
+        if (folder / "report.json").exists():
+            last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            runs[name][seed] = {**read_report(folder), "last_training_accuracy": last["train_accuracy"]}
+    rows = {name: row(found, runs[AS_IT_IS]) for name, found in runs.items() if found}
+    if rows:
+        images = next(run["evaluated"] for found in runs.values() for run in found.values())
+        print("\n" + table(rows, timed=own.jobs == 1))
+        print(f"{images} {'test' if own.on_test else 'holdout'} images, {variants[AS_IT_IS].evaluate.tta} views; the same seeds, "
+              f"{own.first_seed} and on. The best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, "
+              "on the test set once (benchmarks.time_to_accuracy).")
+        names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "resumed", "commit")
+        keep(own.out, variants[AS_IT_IS].recipe, variants[AS_IT_IS].recipe, {
+            "split": "test" if own.on_test else "holdout", "evaluated": images, "jobs": own.jobs, "rows": rows,
+            "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},
+            "config": variants[AS_IT_IS].as_dict()})
+    if failed:
+        raise runtime.UserError(*failed)
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
