@@ -3,7 +3,7 @@
 The recipe as it is and with the options of each --variant are trained with the same seeds, so that differences are paired: what a
 seed's first weights and order of the images are worth cancels in part. They are judged on a holdout of the training images, so that the
 test set stays fresh for the one that is chosen; --on-test is for an ablation, by which nothing is chosen. Each run is a program of
-its own in OUT/<variant>/seed-N. Called again, the comparison goes on where it was interrupted; more seeds or variants may be asked for then.
+its own in OUT/<recipe>/<variant>/seed-N. Called again, the comparison goes on where it was interrupted; more seeds or variants may be asked for then.
 Several --jobs at a time fill a GPU; their seconds are then none to compare, and are left out.
 """
 from __future__ import annotations
@@ -20,18 +20,21 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks import keep, problems_with
-from benchmarks.time_to_accuracy import accuracy_figures, arguments_of, read_report, train
+from benchmarks.time_to_accuracy import accuracy_figures, arguments_of, names_seed, read_report, train
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
 NAME_LENGTH = 150
+COMPARED = ("augment", "model", "loss", "optim", "loop", "loader", "run", "evaluate")    # sections that a training depends on
+VIEWS = {"evaluate.tta", "evaluate.tta_sure"}
 
 
 def arguments() -> argparse.ArgumentParser:
     """The benchmark's own."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", action="append", default=[], metavar='"OPTIONS"',
-                        help='options on top of the recipe\'s, such as "--optim.lr 0.1 --loop.epochs 12"; may be given again')
+                        help='options on top of the recipe\'s, such as "--optim.lr 0.1 --loop.epochs 12"; may be given again; '
+                             'without a space: --variant=--optim.lr=0.1')
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default 3)")
     parser.add_argument("--first-seed", type=int, default=10, help="seed of the first; the others follow it (default 10)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
@@ -43,27 +46,34 @@ def arguments() -> argparse.ArgumentParser:
 def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse.Namespace]:
     """The config of the recipe as it is and of every variant, by name, and the benchmark's own arguments. Raises UserError with every
     problem."""
-    base, own = config.parse(argv, arguments())
+    split = ["--evaluate.split", "test" if "--on-test" in argv else "holdout"]
+    base, own = config.parse([*argv, *split], arguments())
     problems = problems_with(own, seeds=1, first_seed=0, jobs=1)
     if base.run.folder or base.run.resume:
         problems.append("run.folder, run.resume: the comparison gives each run a folder of its own: leave them out")
-    if base.evaluate.split == "holdout" and own.on_test:
-        problems.append("--on-test: evaluate.split is holdout: leave one of them out")
+    if names_seed(argv):
+        problems.append("--run.seed: the comparison counts seeds from --first-seed on: give that")
+    if any(word.partition("=")[0] == "--evaluate.split" for word in argv):
+        problems.append("--evaluate.split: a holdout, or the test split with --on-test: leave it out")
+    if not own.variant:
+        problems.append('--variant: there is nothing to compare with: give one, such as --variant "--optim.lr 0.1"')
     found = {AS_IT_IS: base}
     for variant in own.variant:
         try:
-            settings, theirs = config.parse([*argv, *shlex.split(variant)], arguments())
-        except ValueError as error:    # a ConfigError, or a quotation without an end
+            words = shlex.split(variant)
+            if {"-C", "--config-file"} & {word.partition("=")[0] for word in words}:
+                raise ValueError("a recipe on top of another is neither: compare each with variants of its own")
+            settings, theirs = config.parse([*argv, *split, *words], arguments())
+        except ValueError as error:    # a ConfigError among them, or a quotation without an end
             problems += [f"--variant {variant!r}: {line}" for line in getattr(error, "problems", [error])]
             continue
-        if theirs.config_file == own.config_file:    # else the variant is another recipe's
-            settings = dataclasses.replace(settings, recipe=base.recipe)
-        theirs.config_file = own.config_file
-        differing = [name for name, *_ in config.changes(base.as_dict(), settings)]
-        if theirs != own or {"run.seed", "run.folder", "run.resume"} & set(differing):
+        differing = {name for name, *_ in config.changes(base.as_dict(), settings)}
+        if theirs != own or differing & {"run.seed", "run.folder", "run.resume"}:
             problems.append(f"--variant {variant!r}: says how to compare, and not what: give that once, for all of them")
-        elif any(name.startswith("evaluate.") and name not in ("evaluate.tta", "evaluate.tta_sure") for name in differing):
+        elif any(name.startswith("evaluate.") and name not in VIEWS for name in differing):
             problems.append(f"--variant {variant!r}: is not judged on the same images: leave evaluate to all of them")
+        elif any(name.partition(".")[0] not in COMPARED for name in differing):
+            problems.append(f"--variant {variant!r}: changes the files, and not the training: only {', '.join(COMPARED)} are compared")
         elif not differing:
             problems.append(f"--variant {variant!r}: is the recipe as it is: leave it out")
         elif folder_name(variant) in map(folder_name, found):
@@ -71,9 +81,7 @@ def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse
         found[" ".join(variant.split())] = settings
     if problems:
         raise runtime.UserError(*problems)
-    split = "test" if own.on_test else "holdout"
-    return {name: dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, split=split))
-            for name, settings in found.items()}, own
+    return found, own
 
 
 def folder_name(variant: str) -> str:
@@ -85,7 +93,7 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
     """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone."""
     failed: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(train, arguments, folder): folder for arguments, folder in todo}
+        running = {pool.submit(train, arguments, folder, jobs): folder for arguments, folder in todo}
         try:
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -96,7 +104,7 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
                         print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%} in "
                               f"{outcome['train_seconds']:.1f} s of training", flush=True)
                     elif isinstance(error, runtime.UserError):
-                        failed.append(f"{folder.parent.name}: {error}")
+                        failed.append(f"{folder.parent.name}, {error}")
                     else:
                         raise error
         except BaseException:
@@ -109,20 +117,24 @@ def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
     """Figures of one variant's runs and of their differences to those of the recipe as it is with the same seeds; {seed: run}.
 
     `probability_of_no_gain`: that the true mean of the differences is at most 0, by Student's t, of the seeds' luck alone (all look
-    at the same images); None for fewer than two pairs.
+    at the same images); 1 where all are 0, None for fewer than two pairs. `train_seconds` is None where a run was not alone, or was
+    interrupted.
     """
     shared = [seed for seed in runs if seed in base]
     pairs = [runs[seed]["accuracy_tta"] - base[seed]["accuracy_tta"] for seed in shared]
     differences = accuracy_figures(pairs, 0.0) if pairs and runs is not base else None
+    no_gain = differences["probability_below_target"] if differences else None
+    if differences and not any(pairs) and len(pairs) > 1:    # nothing deviates: Student's t is silent
+        no_gain = 1.0
     return {"with_tta": accuracy_figures([run["accuracy_tta"] for run in runs.values()], None),
             "plain": statistics.fmean(run["accuracy"] for run in runs.values()),
             "last_training_accuracy": statistics.fmean(run["last_training_accuracy"] for run in runs.values()),
-            "train_seconds": statistics.median(run["train_seconds"] for run in runs.values()),
-            "difference": differences,
-            "probability_of_no_gain": differences["probability_below_target"] if differences else None}
+            "train_seconds": (statistics.median(run["train_seconds"] for run in runs.values())
+                              if all(run["seconds"] is not None for run in runs.values()) else None),
+            "difference": differences, "probability_of_no_gain": no_gain}
 
 
-def table(rows: Mapping[str, dict], timed: bool) -> str:
+def table(rows: Mapping[str, dict]) -> str:
     """The rows as Markdown, accuracies in percent, differences in points."""
     def cells(name: str, found: dict) -> tuple[str, ...]:
         difference = found["difference"]
@@ -132,15 +144,28 @@ def table(rows: Mapping[str, dict], timed: bool) -> str:
         return (name, str(found["with_tta"]["n"]), f"{found['with_tta']['mean']:.2%}", f"{found['plain']:.2%}",
                 f"{found['last_training_accuracy']:.1%}", f"{difference['mean'] * 100:+.2f}" if difference else "-", interval,
                 "-" if found["probability_of_no_gain"] is None else f"{found['probability_of_no_gain']:.2g}",
-                f"{found['train_seconds']:.1f}" if timed else "-")
+                "-" if found["train_seconds"] is None else f"{found['train_seconds']:.1f}")
     return report.table(("variant", "n", "with TTA", "plain", "training", "points more", "95% interval", "probability of no gain",
                          "training, s"), [cells(name, found) for name, found in rows.items()])
 
 
+def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, runs: Sequence[dict]) -> str:
+    """What has to be known to read the table."""
+    views = {settings.evaluate.tta for settings in variants.values()}
+    lines = [f"{runs[0]['evaluated']} {'test' if own.on_test else 'holdout'} images, {', '.join(sorted(views))} views; seeds "
+             f"{own.first_seed} to {own.first_seed + own.seeds - 1} of each"]
+    if len({run["commit"] for run in runs}) > 1:
+        lines.append("the runs are of several commits: " + ", ".join(sorted({run["commit"][:12] for run in runs})))
+    lines.append("nothing may be chosen by this: the test set has been looked at" if own.on_test else
+                 f"the best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, on the test set once "
+                 "(benchmarks.time_to_accuracy)")
+    return "\n".join(lines)
+
+
 def main() -> None:
     variants, own = settings_of(sys.argv[1:])
-    out = Path(own.out)
-    places = {(name, seed): out / folder_name(name) / f"seed-{seed}"
+    recipe = variants[AS_IT_IS].recipe
+    places = {(name, seed): Path(own.out) / recipe / folder_name(name) / f"seed-{seed}"
               for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
     prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
     failed = run_all([(arguments, folder) for arguments, folder in prepared if arguments], own.jobs)
@@ -151,14 +176,11 @@ def main() -> None:
             runs[name][seed] = {**read_report(folder), "last_training_accuracy": last["train_accuracy"]}
     rows = {name: row(found, runs[AS_IT_IS]) for name, found in runs.items() if found}
     if rows:
-        images = next(run["evaluated"] for found in runs.values() for run in found.values())
-        print("\n" + table(rows, timed=own.jobs == 1))
-        print(f"{images} {'test' if own.on_test else 'holdout'} images, {variants[AS_IT_IS].evaluate.tta} views; the same seeds, "
-              f"{own.first_seed} and on. The best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, "
-              "on the test set once (benchmarks.time_to_accuracy).")
-        names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "resumed", "commit")
-        keep(own.out, variants[AS_IT_IS].recipe, variants[AS_IT_IS].recipe, {
-            "split": "test" if own.on_test else "holdout", "evaluated": images, "jobs": own.jobs, "rows": rows,
+        every = [run for found in runs.values() for run in found.values()]
+        print(f"\n{table(rows)}\n{explained(variants, own, every)}")
+        names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "seconds", "resumed", "commit")
+        keep(own.out, recipe, recipe, {
+            "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},
             "config": variants[AS_IT_IS].as_dict()})
     if failed:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
     if (folder / "last.pt").exists():
         return ["--run.resume", str(folder)]
     if folder.exists():    # killed before its first checkpoint: nothing in it is worth keeping
+        report.open_run_folder(folder).close()    # refuses where a training is at work there
         shutil.rmtree(folder)
     resolved = folder.with_name(f"{settings.recipe}.yaml")
     resolved.parent.mkdir(parents=True, exist_ok=True)
@@ -79,24 +81,33 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
     return ["--config-file", str(resolved), "--run.seed", str(seed), "--run.folder", str(folder)]
 
 
-def train(arguments: Sequence[str], folder: Path) -> None:
-    """Run ffcv_train.py to its end, and note the seconds of it in the run's `folder`. Raises UserError where it fails."""
+def train(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
+    """Run ffcv_train.py to its end; note the seconds of it, and how many such were at work, in the run's `folder`. Raises UserError where
+    it fails. On Ctrl-C, which the training has got as well, waits until that has saved its state."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stopped = None
+    with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, told = process.communicate()
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
+            process.communicate()
+    if stopped:
+        raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", signal.SIGINT) from stopped
     seconds = time.perf_counter() - started
-    if done.returncode:
-        raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {done.returncode}: "
-                                f"{done.stderr.strip()[-500:]}: mend it and start this series again, it goes on where it was")
-    report.write_text(folder / "series.json", json.dumps({"seconds": seconds}) + "\n")
+    if process.returncode:
+        raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {process.returncode}: "
+                                f"{told.strip()[-500:]}: what has ended is kept: start this again, it goes on where it was")
+    report.write_text(folder / "series.json", json.dumps({"seconds": seconds, "jobs": jobs}) + "\n")
 
 
 def read_report(folder: Path) -> dict:
-    """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece."""
+    """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece, or beside
+    others."""
     outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    whole = series.exists() and not outcome["resumed"]
-    return {**outcome, "commit": environment["commit"],
-            "seconds": json.loads(series.read_text(encoding="utf-8"))["seconds"] if whole else None}
+    noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
+    return {**outcome, "commit": environment["commit"], "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
@@ -110,6 +121,11 @@ def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
                  if not name.startswith("sources.")]    # which the run took from the data
     if differing:
         raise runtime.UserError(*(f"{folder}: {line}: choose another --out, or remove it" for line in differing))
+
+
+def names_seed(argv: Sequence[str]) -> bool:
+    """Whether a command line gives a seed, which a series would overrule; one in a config file is that of the run it was kept of."""
+    return any(word.partition("=")[0] == "--run.seed" for word in argv)
 
 
 def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
@@ -127,6 +143,8 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
     if len({run["commit"] for run in runs}) > 1:
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
+    machine = runtime.describe_machine()
+    lines.append(f"on {machine.get('gpu', machine['processor'])}, {machine['cores']} cores")
     medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
     lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
     return "\n".join(lines)
@@ -144,6 +162,8 @@ def main() -> None:
         problems.append(f"--target: got {own.target}, expected a fraction such as 0.94")
     if settings.run.folder or settings.run.resume:
         problems.append("run.folder, run.resume: the series gives each run a folder of its own: leave them out")
+    if names_seed(sys.argv[1:]):
+        problems.append("--run.seed: the series counts seeds from --first-seed on: give that")
     if problems:
         raise runtime.UserError(*problems)
     runs = []

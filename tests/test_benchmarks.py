@@ -1,9 +1,12 @@
 """Benchmarks: the figures they make of what they measured. That they run is tested end to end."""
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ import torch
 import yaml
 
 from benchmarks import compare, ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
-from seresnet import config, runtime
+from seresnet import config, report, runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +103,8 @@ def test_mistakes_are_named(series, monkeypatch):
 
 def test_differences_are_of_pairs():
     def run(accuracy):
-        return {"accuracy_tta": accuracy, "accuracy": accuracy - 0.01, "last_training_accuracy": 0.9, "train_seconds": 3.0}
+        return {"accuracy_tta": accuracy, "accuracy": accuracy - 0.01, "last_training_accuracy": 0.9, "train_seconds": 3.0, "seconds": alone}
+    alone = 5.0
     base = {10: run(0.90), 11: run(0.92), 12: run(0.91)}
     found = compare.row({10: run(0.91), 11: run(0.93), 12: run(0.925), 13: run(0.503)}, base)    # seed 13 has nothing to be compared with
     # worked by hand: differences 1, 1, 1.5 points, mean 7/6, deviation sqrt(1/12), t = 7/6 / sqrt(1/36) = 7; t(0.975, 2) = 4.302653
@@ -109,12 +113,14 @@ def test_differences_are_of_pairs():
     assert difference["interval_high"] - difference["mean"] == pytest.approx(4.302653 / 600, abs=1e-8)
     # Student's distribution of 2 degrees of freedom in closed form
     assert found["probability_of_no_gain"] == pytest.approx(0.5 - 7 / (2 * math.sqrt(2 + 49)), abs=1e-9)
-    alone = compare.row({10: run(0.89)}, base)
-    assert alone["difference"]["mean"] == pytest.approx(-0.01) and alone["probability_of_no_gain"] is None
+    alone = None
+    crowded = compare.row({10: run(0.89)}, base)
+    assert crowded["difference"]["mean"] == pytest.approx(-0.01) and crowded["probability_of_no_gain"] is None
     assert compare.row(base, base)["difference"] is None
-    lines = compare.table({"as it is": compare.row(base, base), "more": found, "less": alone}, timed=False).splitlines()
+    assert compare.row(dict(base), base)["probability_of_no_gain"] == 1, "the same results are no gain"
+    lines = compare.table({"as it is": compare.row(base, base), "more": found, "less": crowded}).splitlines()
     assert [cell.strip() for cell in lines[3].split("|")[2:9]] == ["4", "81.70%", "80.70%", "90.0%", "+1.17", "+0.45 to +1.88", "0.0099"]
-    assert [cell.strip() for cell in lines[4].split("|")[6:10]] == ["-1.00", "-", "-", "-"]
+    assert [cell.strip() for cell in lines[4].split("|")[6:10]] == ["-1.00", "-", "-", "-"] and "| 3.0 |" in re.sub(" +", " ", lines[3])
 
 
 @pytest.fixture(scope="module")
@@ -128,41 +134,77 @@ def test_variants_are_trained_with_the_same_seeds_on_a_holdout(comparison, monke
     arguments, out = comparison
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
     compare.main()
-    first = (out / "as_it_is/seed-10/report.json").stat().st_mtime_ns
+    first = (out / "colours/as_it_is/seed-10/report.json").stat().st_mtime_ns
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "2", "--jobs", "2", "--variant", "--optim.name  adamw --optim.lr 0.01"])
     compare.main()
-    assert (out / "as_it_is/seed-10/report.json").stat().st_mtime_ns == first, "a finished run was run again"
+    assert (out / "colours/as_it_is/seed-10/report.json").stat().st_mtime_ns == first, "a finished run was run again"
     record = json.loads((out / "colours.json").read_text())
     assert {name: [run["seed"] for run in runs] for name, runs in record["runs"].items()} == {
         "as it is": [10, 11], "--optim.lr 0.05": [10, 11], "--optim.name adamw --optim.lr 0.01": [10, 11]}
     assert record["split"] == "holdout" and record["evaluated"] == 6
-    stored = yaml.safe_load((out / "optim.name_adamw_optim.lr_0.01/seed-11/config.yaml").read_text())
+    stored = yaml.safe_load((out / "colours/optim.name_adamw_optim.lr_0.01/seed-11/config.yaml").read_text())
     assert stored["optim"]["name"] == "adamw" and stored["evaluate"]["split"] == "holdout" and stored["run"]["seed"] == 11
     output = capsys.readouterr().out
     assert len(re.findall(r"seed 1[01]: [0-9.]+% in", output)) == 6 - 2, output    # two of six were there already
-    assert "| as it is " in output and "The best of 3 is flattered by being chosen" in output
+    assert "| as it is " in output and "the best of 3 is flattered by being chosen" in output
+    of = {name: {run["seed"]: run["seconds"] for run in runs} for name, runs in record["runs"].items()}
+    assert of["as it is"][10] > 0 and of["as it is"][11] is None, "seconds of a training beside another are kept as if it had been alone"
 
 
 def test_a_variant_that_fails_leaves_the_others_alone(comparison, monkeypatch, capsys):
     arguments, out = comparison
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1", "--variant", "--optim.lr 1e30"])
-    with pytest.raises(runtime.UserError, match="optim.lr_1e30: seed 10: the training ended with status 3"):
+    with pytest.raises(runtime.UserError, match="optim.lr_1e30, seed 10: the training ended with status 3"):
         compare.main()
     assert "| --optim.lr 0.05 " in capsys.readouterr().out
 
 
 def test_what_is_no_variant_is_named(comparison, monkeypatch):
-    wrong = ["--optim.lr 0.05", "--optim.lr 0.1", "--optim.lrr 1", "--seeds 4", "--run.seed 4", "--evaluate.holdout_size 9", "--optim.lr '"]
-    monkeypatch.setattr(sys, "argv", [*comparison[0], "--jobs", "0", "--run.folder", "x",
-                                      *(word for variant in wrong for word in ("--variant", variant))])
+    told = {"--optim.lr 0.05": "is given twice", "--optim.lr 0.1": "is the recipe as it is", "--optim.lrr 1": "no such key",
+            "--seeds 4": "how to compare", "--run.seed 4": "how to compare", "--config-file rn_configs/se94.yaml": "on top of another",
+            "--evaluate.holdout_size 9": "the same images", "--evaluate.split test": "the same images", "--beton.train x": "changes the files",
+            "--report.curves false": "changes the files", "--optim.lr '": "quotation"}
+    monkeypatch.chdir(ROOT)
+    wrong = ["--jobs", "0", "--run.folder", "x", "--run.seed", "3", "--evaluate.split", "holdout"]
+    monkeypatch.setattr(sys, "argv", [*comparison[0], *wrong, *(word for variant in told for word in ("--variant", variant))])
     with pytest.raises(runtime.UserError) as caught:
         compare.main()
-    told = caught.value.problems
-    assert len(told) == 2 + len(wrong), told
-    for variant, words in zip(wrong, ("is given twice", "is the recipe as it is", "optim.lrr", "how to compare", "how to compare",
-                                      "the same images", "quotation")):
-        assert any(repr(variant) in line and words in line for line in told), (variant, told)
+    assert len(caught.value.problems) == len(wrong) // 2 + len(told), caught.value.problems
+    for variant, words in told.items():
+        assert any(repr(variant) in line and words in line for line in caught.value.problems), (variant, caught.value.problems)
+    monkeypatch.setattr(sys, "argv", comparison[0][:5])
+    with pytest.raises(runtime.UserError, match="^--variant: there is nothing to compare with"):
+        compare.main()
+
+
+def test_the_folder_of_a_training_at_work_is_left_alone(tmp_path):
+    (tmp_path / "seed-3").mkdir()
+    (tmp_path / "seed-3/kept").touch()
+    at_work = report.open_run_folder(tmp_path / "seed-3")    # in its first epoch: no checkpoint yet
+    with pytest.raises(runtime.UserError, match="another process is training"):
+        time_to_accuracy.arguments_of(config.build({}), 3, tmp_path / "seed-3")
+    assert (tmp_path / "seed-3/kept").exists()
+    at_work.close()
+    assert "--run.seed" in time_to_accuracy.arguments_of(config.build({}), 3, tmp_path / "seed-3") and not (tmp_path / "seed-3").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal's Ctrl-C, sent to a group of processes")
+def test_a_series_that_is_interrupted_waits_for_its_training_to_save(tmp_path):
+    """Ctrl-C reaches both programs; a training saves at the end of its step, which may take seconds."""
+    (tmp_path / "training.py").write_text("import pathlib, sys, time\ntry:\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n"
+                                          "except KeyboardInterrupt:\n    time.sleep(2)\n    pathlib.Path('saved').touch()\n    sys.exit(130)\n")
+    series = ("from pathlib import Path\nfrom benchmarks import time_to_accuracy\nfrom seresnet import runtime\n"
+              "time_to_accuracy.PROGRAM = 'training.py'\nruntime.run_program(lambda: time_to_accuracy.train([], Path('seed-3')))")
+    with subprocess.Popen([sys.executable, "-c", series], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 130 and "seed-3: start this again, it goes on where it was" in told, told
+    assert (tmp_path / "saved").exists(), "the training was killed while it saved"
 
 
 def test_growth_is_the_exponent_and_what_is_steep_is_marked():
