@@ -24,6 +24,7 @@ from seresnet import config, report, runtime
 
 AXES = {"batch": (64, 128, 256, 512, 1024, 2048, 4096), "side": (32, 64, 96), "images": (1, 2, 4, 8), "cores": (1, 2)}
 UNITS = {"batch": "images a step", "side": "pixels a side", "images": "times the images", "cores": "cores"}
+CIFAR10 = 50_000         # images of an epoch
 STEEP = 1.1              # a growth above this is marked: noise moves it by a few hundredths
 
 
@@ -124,7 +125,8 @@ def table(axis: str, rows: Iterable[dict]) -> str:
         return f"{row['growth']:.2f}" + (" steep" if axis != "cores" and row["growth"] > STEEP else "")
     columns = {"images": (("seconds an epoch", lambda r: f"{r['epoch_seconds']:.2f}"),
                           ("own memory, MiB", lambda r: f"{r['own_memory_mib']:.0f}"))}.get(
-        axis, (("ms a step", lambda r: f"{1000 * r['step_seconds']:.0f}"),))
+        axis, (("ms a step", lambda r: f"{1000 * r['step_seconds']:.0f}"),
+               (f"seconds for {CIFAR10:,} images", lambda r: f"{CIFAR10 / r['images_per_second']:.1f}")))
     return report.table((UNITS[axis], "images/s", *(name for name, _ in columns), "growth"), [
         (str(row["value"]), f"{row['images_per_second']:,.0f}", *(show(row) for _, show in columns), growth(row)) for row in rows])
 
@@ -172,7 +174,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, list[dict]], path: Path) -> None:
-    """A panel an axis: images/s, both scales logarithmic."""
+    """A panel an axis: images/s, over a logarithmic scale."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(3.6 * len(found), 3.4), layout="constrained", dpi=120)
     for axes, (axis, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):

@@ -431,16 +431,25 @@ _IMPORTED = time.perf_counter()
 
 # -- runs side by side --------------------------------------------------------------------------------------------------
 
-COLUMNS = {    # of the table: title -> text from report.json
-    "recipe": lambda r: r["recipe"], "seed": lambda r: str(r["seed"]), "epochs": lambda r: str(r["epochs"]),
-    "parameters": lambda r: f"{r['parameters']:,}", "split": lambda r: r["split"],
-    "accuracy": lambda r: f"{r['accuracy']:.2%}", "with TTA": lambda r: f"{r['accuracy_tta']:.2%}",
-    "training, s": lambda r: f"{r['train_seconds']:.1f}", "evaluation, s": lambda r: f"{r['eval_seconds']:.1f}",
-    "images/s": lambda r: f"{r['images_per_second']:,.0f}", "device": lambda r: r["run_device"]}
+COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {    # of the table: title -> key of report.json, and how a reader likes it
+    "recipe": ("recipe", str), "seed": ("seed", str), "epochs": ("epochs", str), "parameters": ("parameters", "{:,}".format),
+    "split": ("split", str), "accuracy": ("accuracy", "{:.2%}".format), "with TTA": ("accuracy_tta", "{:.2%}".format),
+    "training, s": ("train_seconds", "{:.1f}".format), "evaluation, s": ("eval_seconds", "{:.1f}".format),
+    "images/s": ("images_per_second", "{:,.0f}".format), "device": ("run_device", str)}
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The name of each folder, with as many of those that it lies in as tell it from the others."""
+    longest = max((len(path.parts) for path in paths), default=1)
+    found = [path.name for path in paths]
+    for count in range(2, longest + 1):
+        twice = {label for label in found if found.count(label) > 1}
+        found = ["/".join(path.parts[-count:]) if label in twice else label for path, label in zip(paths, found)]
+    return found
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[dict]:
-    """`label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
+    """`path`, `label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
 
     Raises UserError where none is one, or a file of one is damaged.
     """
@@ -454,12 +463,14 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
             done = (folder / "report.json").is_file()
             outcome = json.loads((folder / "report.json").read_text(encoding="utf-8")) if done else None
             for row in [] if outcome is None else [outcome]:
-                [column(row) for column in COLUMNS.values()]
+                [show(row[name]) for name, show in COLUMNS.values()]
             [(r["epoch"], r["test_accuracy"]) for r in records]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
                             "out") from error
-        runs.append({"label": folder.name, "records": records, "outcome": outcome})
+        runs.append({"path": folder.absolute(), "records": records, "outcome": outcome})
+    for run, label in zip(runs, labels([run["path"] for run in runs])):
+        run["label"] = label
     if not runs:
         raise UserError(f"no run folder among {', '.join(map(str, folders)) or 'nothing'} (looked in {Path.cwd()}): name folders "
                         "with a log.jsonl")
@@ -478,13 +489,14 @@ def main() -> None:
             check(path)
     runs = read_runs([name for pattern in options.folders    # which Windows' shell does not resolve
                       for name in ([pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern])])
-    ended = [(run["label"], *(column(run["outcome"]) for column in COLUMNS.values())) for run in runs if run["outcome"]]
+    ended = [(run["label"], *(show(run["outcome"][name]) for name, show in COLUMNS.values())) for run in runs if run["outcome"]]
     open_rows = [(run["label"], *[""] * (len(COLUMNS) - 1), f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
     header = ("run", *COLUMNS)
     say(table(header, [*ended, *open_rows]))
     if options.csv:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *ended])
+        csv.writer(text, lineterminator="\n").writerows([header, *(    # numbers for programs: fractions, and nothing where a run has not ended
+            (run["label"], *(run["outcome"][name] if run["outcome"] else "" for name, _ in COLUMNS.values())) for run in runs)])
         write_text(options.csv, text.getvalue())
     if options.picture:
         draw_runs(runs, Path(options.picture))

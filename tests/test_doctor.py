@@ -33,6 +33,17 @@ def test_what_is_missing_is_said_with_the_command(run, tmp_path, monkeypatch):
     assert empty["data"].good is None and "--sources.kind download" in empty["data"].mend
 
 
+def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypatch):
+    """FFCV without the libraries that it was built with: installed, and of no use."""
+    (tmp_path / "ffcv").mkdir()
+    (tmp_path / "ffcv/__init__.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runtime, "is_installed", lambda name: name in ("ffcv", "numba"))
+    found = {f.what: f for f in doctor.examine(tmp_path)}
+    assert found["ffcv"].good is None and "libturbojpeg.so.0: cannot open" in found["ffcv"].detail and "make setup" in found["ffcv"].mend
+    assert found["numba"].good and doctor.why_not_imported("json") == ""
+
+
 def test_what_the_programs_import_may_be_missing(tmp_path):
     """As in a fresh clone: none of the packages can be imported."""
     hide = "import sys; [sys.modules.__setitem__(name, None) for name in sys.argv[1].split(',')]; sys.argv = ['doctor']\n" \

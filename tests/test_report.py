@@ -1,4 +1,5 @@
 """report: folders that nobody shares, strict JSON, pictures with what they promise, a console fit for a pipe."""
+import csv
 import io
 import json
 import math
@@ -140,11 +141,17 @@ def test_runs_side_by_side(run, tmp_path):
     lines = output.splitlines()
     assert lines[0].startswith("| run ") and set(lines[1]) <= set("|-:") and len({len(line) for line in lines[:4]}) == 1
     assert f"{outcome['accuracy_tta']:.2%}" in lines[2] and "1 epochs so far" in lines[3]
-    assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("first,default,0,3,")
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["run"] for row in rows] == ["first", "unfinished"] and rows[1]["accuracy"] == ""
+    assert float(rows[0]["with TTA"]) == outcome["accuracy_tta"] and int(rows[0]["parameters"]) == outcome["parameters"]
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1200
     status, output, errors = run_module("report", tmp_path, "runs/[fn]*")    # as Windows' shell hands it on
     assert status == 0 and output.splitlines()[2].split() == lines[2].split(), errors
+    (tmp_path / "series/a").mkdir(parents=True)
+    (tmp_path / "series/a/first").symlink_to(folder)
+    status, output, errors = run_module("report", tmp_path, "runs/first", "series/a/first", "runs/unfinished")
+    assert [line.split()[1] for line in output.splitlines()[2:]] == ["runs/first", "a/first", "unfinished"], errors
     for name in ("p.bmp", "p"):
         status, _, errors = run_module("report", tmp_path, "runs/first", "--picture", name)
         assert status == 2 and f"{name}: expected a name that ends in .png" in errors
