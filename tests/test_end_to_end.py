@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import run_module
+from seresnet import checkpoint
 from seresnet.beton import open_beton, read_images
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,9 @@ def test_the_run_folders_config_repeats_the_run(digits):
     assert second["seed"] == 5 and first["loss_tta"] == second["loss_tta"] and first["correct"] == second["correct"]
 
 
+NARROW = ("--model.channels", "16,32,32", "--loop.epochs", "1", "--augment.sides", "", "--evaluate.tta", "none", "--run.seed", "2")
+
+
 @pytest.fixture(scope="module")
 def real(cifar10_dir, tmp_path_factory):
     """A folder with CIFAR-10's betons, and in `run` a narrow net of 50 steps."""
@@ -77,8 +82,7 @@ def real(cifar10_dir, tmp_path_factory):
     assert run("write_datasets.py", tmp_path, *recipe, "--sources.path", cifar10_dir)[0] == 0
     # a narrow net and a long stride through the images: this is about the path, records/ are about accuracy. After 50 steps seeds lie
     # between 43 and 56%, and roundings alone move one by 4: a seed of 55 to 57% leaves the bound some air
-    status, output, errors = run("ffcv_train.py", tmp_path, *recipe, "--model.channels", "16,32,32", "--loop.epochs", 1,
-                                 "--augment.sides", "", "--run.folder", "run", "--evaluate.tta", "none", "--run.seed", 2)
+    status, output, errors = run("ffcv_train.py", tmp_path, *recipe, *NARROW, "--run.folder", "run")
     assert status == 0, errors
     return tmp_path
 
@@ -87,6 +91,24 @@ def test_real_cifar10_trains(real):
     report = json.loads((real / "run/report.json").read_text())
     assert report["evaluated"] == 10000 and report["accuracy"] > 0.45
     assert report["data"]["set"] == "cifar10" and report["data_wait_fraction"] < 0.2
+
+
+def test_a_run_on_real_images_goes_on_to_the_same_bits(real):
+    process = start("ffcv_train.py", real, "--config-file", ROOT / "rn_configs/se94.yaml", *NARROW, "--run.folder", "again",
+                    "--checkpoint.every_steps", 5)
+    state, deadline = real / "again/last.pt", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if state.exists() and checkpoint.load(state)["batches_done"] >= 10:    # in the midst of its epoch
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "go on with --run.resume again" in errors, errors
+    status, _, errors = run("ffcv_train.py", real, "--run.resume", "again")
+    assert status == 0, errors
+    whole, pieces = (checkpoint.load(real / name / "weights.pt")["model"] for name in ("run", "again"))
+    assert all(torch.equal(value, pieces[name]) for name, value in whole.items())
+    assert json.loads((real / "again/report.json").read_text())["resumed"] == 1
 
 
 def test_what_follows_a_training_works_on_real_images(real, cifar10_dir):
@@ -106,8 +128,9 @@ def test_what_follows_a_training_works_on_real_images(real, cifar10_dir):
     told = json.loads((real / "told/evaluation.json").read_text())
     assert abs(told["accuracy"] - report["accuracy"]) < 0.1 and told["shift"]["noise"][4] < told["accuracy"]
 
-    status, output, errors = run_module("export", real, "--checkpoint", "run", "--format", "exported")
-    assert status == 0 and "on 1,000 images of data/cifar10_test.beton the same labels" in output, errors
+    for form in ("exported", "torchscript", "onnx"):
+        status, output, errors = run_module("export", real, "--checkpoint", "run", "--format", form)
+        assert status == 0 and "on 1,000 images of data/cifar10_test.beton the same labels" in output, errors
     status, _, errors = run_module("preview", real, "--config-file", ROOT / "rn_configs/se94.yaml", "--images", 2, "--out", "p.png")
     assert status == 0 and (real / "p.png").stat().st_size > 10_000, errors
     status, output, errors = run_module("report", real, "run", "--picture", "runs.png")
