@@ -13,6 +13,7 @@ import dataclasses
 import json
 import re
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -107,8 +108,10 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
                         failed.append(f"{folder.parent.name}, {error}")
                     else:
                         raise error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as end:
+            pool.shutdown(wait=False, cancel_futures=True)    # those at work are waited for: Ctrl-C has reached them, too, and they save
+            if isinstance(end, KeyboardInterrupt):
+                raise runtime.Interrupted("interrupted: start this again, it goes on where it was", signal.SIGINT) from end
             raise
     return failed
 
