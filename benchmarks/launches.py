@@ -82,7 +82,6 @@ def main() -> None:
         steppers = {}
         for way, graphs in ways.items():
             session = sessions.enter_context(opened(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device))
-            torch.backends.cudnn.benchmark = session.tries_algorithms    # as a training of this recipe does
             steppers[way] = partial(steps, session)
             steppers[way](5)
         for _ in range(own.rounds):

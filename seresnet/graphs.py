@@ -69,10 +69,12 @@ class Replays:
 def cuda_graphs() -> Recorder:
     """Records CUDA graphs, which share one pool of memory: no two of them may be at work at the same time."""
     pool = torch.cuda.graph_pool_handle()
+    # Streams are handed out from 32 in turn, also to FFCV, whose thread would copy into the recording; those of high priority are others.
+    stream = torch.cuda.Stream(priority=-1)
 
     def record(work: Callable[[], Sequence[torch.Tensor]]) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):    # a loader's thread copies to the device meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):    # a loader's thread copies to the device meanwhile
             results = work()
         return graph.replay, results
     return record

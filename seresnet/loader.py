@@ -299,10 +299,16 @@ def _reading():
             slots = len(self.cuda_streams)    # buffers: one is being filled, one consumed, batches_ahead are waiting
             consumed = [None] * slots         # CUDA events after which a buffer may be filled again
             cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(self.current_stream.device)    # a new thread's is the first GPU, where it would make a context
             try:
                 numba.set_num_threads(self.loader.num_workers)    # this thread's own number
                 for number, indices in enumerate(self.iter_ixes):
                     slot = number % slots
+                    if cuda:
+                        # FFCV fills pinned memory on the host, from which an earlier batch may still wait to be copied; that event
+                        # holds up the device alone.
+                        self.cuda_streams[slot].synchronize()
                     result = self.run_pipeline(number, indices, slot, consumed[slot])
                     if not self.hand_over((slot, result)):
                         return

@@ -311,11 +311,13 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
     optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16)
     if average:
         follow(average, model, optimizer)
-    return Session(config, data, device, dtype, model, optimizer,
-                   torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
-                   train_batches, test_batches, ranks, average,
-                   Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
-                   Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
+    session = Session(config, data, device, dtype, model, optimizer,
+                      torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
+                      train_batches, test_batches, ranks, average,
+                      Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
+                      Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
+    torch.backends.cudnn.benchmark = session.tries_algorithms
+    return session
 
 
 def wants_graphs(config: Config, device: torch.device, processes: int) -> bool:
@@ -365,7 +367,6 @@ def fit(config: Config, command: Sequence[str]) -> dict:
             config = replace(config, recipe=state["recipe"])
         with ranks.together(), memory_explained(config, device):
             session = open_session(config, device, data, model, ranks)
-        torch.backends.cudnn.benchmark = session.tries_algorithms
         with session, memory_explained(config, device):
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                            "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}

@@ -18,6 +18,8 @@ from seresnet import config, loop, pictures, report, runtime
 def augmented(settings: config.Config, images: int, epochs: int) -> tuple[np.ndarray, list[str]]:
     """uint8 (images * (epochs + 1), H, W, 3) and captions: of each image the original, then what the net sees of it in each
     epoch, brought back to pixel values. The images are those of the first batch."""
+    if settings.run.precision == "fp16":    # which wants a GPU; the pictures are made without one
+        settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, precision="auto"))
     settings, data, model = loop.prepare(settings)
     shown, captions = [], []
     with loop.open_session(settings, torch.device("cpu"), data, model) as session:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -102,9 +103,12 @@ class Ranks:
         """`model` as it is trained: its gradients become the mean over the processes. All begin with the first one's weights."""
         if self.world == 1:
             return model
-        # Norm buffers are not broadcast in every step: synced.py keeps them equal, or equalise() makes them so.
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                                   forward_sync_buffers=False, gradient_as_bucket_view=True)
+        # Norm buffers are not broadcast in every step: synced.py keeps them equal, or equalise() makes them so. They begin equal, too:
+        # torch before 2.13 can only leave out the broadcast at the start along with those.
+        parallel = nn.parallel.DistributedDataParallel
+        known = signature(parallel.__init__).parameters
+        quiet = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return parallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **quiet)
 
     @torch.no_grad()
     def equalise(self, model: nn.Module) -> None:

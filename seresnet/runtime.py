@@ -477,7 +477,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory of the machine or of the device did not suffice."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in told)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 import processes
 from seresnet import checkpoint, runtime
 from seresnet.beton import write_beton
+from seresnet.ranks import Ranks
 from seresnet.runtime import Launch, UserError
 from test_loop import CLASSES, SMALL, stripes
 
@@ -28,6 +29,20 @@ def start(folder, count, program, *arguments, launcher=()):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder / "output", "w") as output:
         return subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, stdout=output, stderr=output)
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_norm_buffers_are_not_broadcast_whichever_way_torch_says_it(newer, monkeypatch):
+    class Of213:
+        def __init__(self, module, device_ids=None, broadcast_buffers=True, gradient_as_bucket_view=False, forward_sync_buffers=True):
+            self.told = broadcast_buffers, forward_sync_buffers
+
+    class Of211:
+        def __init__(self, module, device_ids=None, broadcast_buffers=True, gradient_as_bucket_view=False):
+            self.told = (broadcast_buffers,)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Of213 if newer else Of211)
+    wrapped = Ranks(Launch(0, 0, 2, 2)).wrap(torch.nn.Linear(1, 1), torch.device("cpu"))
+    assert wrapped.told == ((True, False) if newer else (False,))
 
 
 def end(process, folder, seconds=300):    # tens where the cores are free

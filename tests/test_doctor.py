@@ -66,6 +66,8 @@ def test_a_preview_shows_the_images_and_their_augmentation(run, tmp_path):
     everything = {image.tobytes() for image in read_images(open_beton(folder / "train.beton"))}
     for i in range(0, 16, 4):
         assert shown[i].tobytes() in everything and all(np.array_equal(shown[i], shown[i + k]) for k in (1, 2, 3))
+    settings, _ = config.parse([*keys, "--run.precision", "fp16"])    # which a CPU has not
+    assert preview.augmented(settings, 1, 1)[0].shape == (2, 16, 16, 3)
     settings, _ = config.parse([*keys, "--augment.flip", "alternating", "--augment.translate", "0", "--run.precision", "fp32"])
     shown, _ = preview.augmented(settings, 4, 2)
     for i in range(0, 12, 3):

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +187,23 @@ def test_buffers_are_made_outside_the_inference_mode_of_an_evaluation(noise, mon
         assert len(collect(batches.epoch(0))[1]) == 3
         assert torch.is_inference_mode_enabled()
     assert modes == [False, False]
+
+
+def test_on_a_gpu_pinned_memory_is_filled_when_its_last_copy_is_done(monkeypatch):
+    """The reader's loop with a GPU that only takes notes: FFCV waits on the device, and fills what the host may still be copying from."""
+    log, slots = [], 5
+    streams = [SimpleNamespace(synchronize=lambda slot=slot: log.append(("copied", slot))) for slot in range(slots)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: log.append(("device", device)))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    reader = SimpleNamespace(
+        cuda_streams=streams, current_stream=SimpleNamespace(device="cuda:1"), loader=SimpleNamespace(num_workers=1, batches_ahead=3),
+        iter_ixes=[None] * 12, hand_over=lambda item: not isinstance(item[1], BaseException) or pytest.fail(str(item[1])),
+        run_pipeline=lambda number, indices, slot, event: log.append(("filled", slot, event is not None)))
+    loader._reading().run(reader)
+    assert log[0] == ("device", "cuda:1")
+    for number in range(12):
+        assert log[1 + 2 * number:3 + 2 * number] == [("copied", number % slots), ("filled", number % slots, number > 0)]
 
 
 # -- faults -------------------------------------------------------------------------------------------------------------

@@ -376,6 +376,7 @@ def test_any_config_of_right_values_is_prepared_or_refused_with_reasons(betons, 
 # -- memory, disk, files under a training -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 @pytest.mark.parametrize("where", ["smoothed_cross_entropy", "evaluate"])
 def test_memory_that_does_not_suffice_is_explained_and_nothing_tried_again(betons, tmp_path, monkeypatch, where, error):
