@@ -206,6 +206,19 @@ def test_on_a_gpu_pinned_memory_is_filled_when_its_last_copy_is_done(monkeypatch
         assert log[1 + 2 * number:3 + 2 * number] == [("copied", number % slots), ("filled", number % slots, number > 0)]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_host_far_ahead_of_its_gpu_gets_the_right_images(noise):
+    beton, split = noise
+    with BatchLoader(beton, batch_size=5, device=torch.device("cuda:0"), mode="stream") as batches:
+        kept = []
+        for batch in batches.epoch(0):
+            torch.cuda._sleep(10**8)    # cycles, some 50 ms: the host is soon as far ahead as it may be
+            kept.append((batch.images.clone(), batch.indices))
+    assert len(kept) == 21
+    for images, indices in kept:
+        assert np.array_equal(images.permute(0, 2, 3, 1).cpu().numpy(), split.images[indices.cpu().numpy()])
+
+
 # -- faults -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", MODES)
