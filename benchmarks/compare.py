@@ -4,7 +4,7 @@ The recipe as it is and with the options of each --variant are trained with the 
 seed's first weights and order of the images are worth cancels in part. They are judged on a holdout of the training images, so that the
 test set stays fresh for the one that is chosen; --on-test is for an ablation, by which nothing is chosen. Each run is a program of
 its own in OUT/<recipe>/<variant>/seed-N. Called again, the comparison goes on where it was interrupted; more seeds or variants may be asked for then.
-Several --jobs at a time fill a GPU; their seconds are then none to compare, and are left out.
+Several --jobs at a time fill a GPU; the table then leaves out their seconds, which are none to compare.
 """
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse
         if theirs != own or differing & {"run.seed", "run.folder", "run.resume"}:
             problems.append(f"--variant {variant!r}: says how to compare, and not what: give that once, for all of them")
         elif any(name.startswith("evaluate.") and name not in VIEWS for name in differing):
-            problems.append(f"--variant {variant!r}: is not judged on the same images: leave evaluate to all of them")
+            problems.append(f"--variant {variant!r}: changes how all are judged: of evaluate, only tta and tta_sure may differ")
         elif any(name.partition(".")[0] not in COMPARED for name in differing):
-            problems.append(f"--variant {variant!r}: changes the files, and not the training: only {', '.join(COMPARED)} are compared")
+            problems.append(f"--variant {variant!r}: says nothing of the training, or where the images lie: only {', '.join(COMPARED)} may differ")
         elif not differing:
             problems.append(f"--variant {variant!r}: is the recipe as it is: leave it out")
         elif folder_name(variant) in map(folder_name, found):
@@ -93,6 +93,7 @@ def folder_name(variant: str) -> str:
 def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
     """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone."""
     failed: list[str] = []
+    jobs = max(1, min(jobs, len(todo)))
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(train, arguments, folder, jobs): folder for arguments, folder in todo}
         try:
@@ -102,8 +103,8 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
                     folder, error = running.pop(future), future.exception()
                     if error is None:
                         outcome = read_report(folder)
-                        print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%} in "
-                              f"{outcome['train_seconds']:.1f} s of training", flush=True)
+                        seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
+                        print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
                     elif isinstance(error, runtime.UserError):
                         failed.append(f"{folder.parent.name}, {error}")
                     else:
@@ -152,11 +153,14 @@ def table(rows: Mapping[str, dict]) -> str:
                          "training, s"), [cells(name, found) for name, found in rows.items()])
 
 
-def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, runs: Sequence[dict]) -> str:
+def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, runs: Sequence[dict], failed: int) -> str:
     """What has to be known to read the table."""
     views = {settings.evaluate.tta for settings in variants.values()}
     lines = [f"{runs[0]['evaluated']} {'test' if own.on_test else 'holdout'} images, {', '.join(sorted(views))} views; seeds "
-             f"{own.first_seed} to {own.first_seed + own.seeds - 1} of each"]
+             f"{own.first_seed} to {own.first_seed + own.seeds - 1}",
+             "intervals and probabilities: the luck of the seeds alone, on these images, each variant by itself"]
+    if failed:
+        lines.append(f"{failed} runs failed: their rows are of the rest, and flattered where it is the seed that decides")
     if len({run["commit"] for run in runs}) > 1:
         lines.append("the runs are of several commits: " + ", ".join(sorted({run["commit"][:12] for run in runs})))
     lines.append("nothing may be chosen by this: the test set has been looked at" if own.on_test else
@@ -180,10 +184,10 @@ def main() -> None:
     rows = {name: row(found, runs[AS_IT_IS]) for name, found in runs.items() if found}
     if rows:
         every = [run for found in runs.values() for run in found.values()]
-        print(f"\n{table(rows)}\n{explained(variants, own, every)}")
+        print(f"\n{table(rows)}\n{explained(variants, own, every, len(failed))}")
         names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "seconds", "resumed", "commit")
         keep(own.out, recipe, recipe, {
-            "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "rows": rows,
+            "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "failed": failed, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},
             "config": variants[AS_IT_IS].as_dict()})
     if failed:

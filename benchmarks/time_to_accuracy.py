@@ -82,8 +82,8 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
 
 
 def train(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
-    """Run ffcv_train.py to its end; note the seconds of it, and how many such were at work, in the run's `folder`. Raises UserError where
-    it fails. On Ctrl-C, which the training has got as well, waits until that has saved its state."""
+    """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. Raises
+    UserError where it fails. On Ctrl-C, which the training has got as well, waits until that has saved its state."""
     started = time.perf_counter()
     stopped = None
     with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -91,6 +91,7 @@ def train(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
             _, told = process.communicate()
         except KeyboardInterrupt as interrupt:
             stopped = interrupt
+            print(f"{folder}: waiting for the training to save", file=sys.stderr, flush=True)
             process.communicate()
     if stopped:
         raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", signal.SIGINT) from stopped
@@ -106,8 +107,10 @@ def read_report(folder: Path) -> dict:
     others."""
     outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    machine = environment["machine"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
-    return {**outcome, "commit": environment["commit"], "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
+    return {**outcome, "commit": environment["commit"], "machine": f"{machine.get('gpu', machine['processor'])} ({machine['cores']} cores)",
+            "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
@@ -143,8 +146,7 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
     if len({run["commit"] for run in runs}) > 1:
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
-    machine = runtime.describe_machine()
-    lines.append(f"on {machine.get('gpu', machine['processor'])}, {machine['cores']} cores")
+    lines.append("on " + ", ".join(sorted({run["machine"] for run in runs})))
     medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
     lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
     return "\n".join(lines)

@@ -19,7 +19,7 @@ NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs"
 OPTIONAL = {
     "ffcv": ("streaming of sets that do not fit into memory", "make setup, or: README, \"Install\""),
     "torchvision": ("downloads of CIFAR-10", "pip install torchvision"), "sklearn": ("the digits set", "pip install scikit-learn"),
-    "numba": ("layers of the CPU's own, which make a step 1.5 times as fast", "pip install numba"),
+    "numba": ("compiled pooling and normalisation, which make a step 1.17 times as fast on a CPU with AMX", "pip install numba"),
     "matplotlib": ("pictures", "pip install matplotlib, or --report.curves false"),
     "tqdm": ("progress bars", "pip install tqdm"),
     "pyarrow": ("parquet files", "pip install pyarrow"), "tensorboard": ("report.tensorboard", "pip install tensorboard"),
@@ -49,7 +49,7 @@ def examine(data: Path) -> Iterator[Finding]:
         there = runtime.is_installed(name)
         broken = why_not_imported(name) if there and name == "ffcv" else ""    # the one that wants libraries of the system
         detail = f"cannot be imported ({broken}); for {use}" if broken else versions.get(name, "installed") if there else f"not installed; for {use}"
-        yield Finding(name, True if there and not broken else None, detail, "" if there and not broken else command)
+        yield Finding(name, True if there and not broken else None, detail, "rm -f .venv/ready && make setup" if broken else "" if there else command)
     if runtime.is_installed("torch") and runtime.is_installed("numpy"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))

@@ -66,6 +66,8 @@ def test_a_series_runs_tells_and_goes_on_where_it_was(series, monkeypatch, capsy
     assert json.loads((out / "colours/seed-101/report.json").read_text())["recipe"] == "colours"
     output = capsys.readouterr().out
     assert "probability that the true mean is below 20.00%" in output and "| 101 " in output
+    machine = runtime.describe_machine()
+    assert f"on {machine.get('gpu', machine['processor'])} ({machine['cores']} cores)\n" in output, "one machine, named once"
 
 
 def test_runs_of_another_config_are_not_mixed_in(series, monkeypatch):
@@ -95,10 +97,10 @@ def test_keys_that_a_benchmark_would_drop_are_refused(monkeypatch):
 
 
 def test_mistakes_are_named(series, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["time_to_accuracy", "--seeds", "0", "--target", "94", "--run.folder", "x"])
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy", "--seeds", "0", "--target", "94", "--run.folder", "x", "--run.seed=1"])
     with pytest.raises(runtime.UserError) as caught:
         time_to_accuracy.main()
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.problems) == 4
 
 
 def test_differences_are_of_pairs():
@@ -146,7 +148,7 @@ def test_variants_are_trained_with_the_same_seeds_on_a_holdout(comparison, monke
     stored = yaml.safe_load((out / "colours/optim.name_adamw_optim.lr_0.01/seed-11/config.yaml").read_text())
     assert stored["optim"]["name"] == "adamw" and stored["evaluate"]["split"] == "holdout" and stored["run"]["seed"] == 11
     output = capsys.readouterr().out
-    assert len(re.findall(r"seed 1[01]: [0-9.]+% in", output)) == 6 - 2, output    # two of six were there already
+    assert len(re.findall(r"seed 1[01]: [0-9.]+%\n", output)) == 6 - 2, output    # two of six were there already
     assert "| as it is " in output and "the best of 3 is flattered by being chosen" in output
     of = {name: {run["seed"]: run["seconds"] for run in runs} for name, runs in record["runs"].items()}
     assert of["as it is"][10] > 0 and of["as it is"][11] is None, "seconds of a training beside another are kept as if it had been alone"
@@ -157,14 +159,15 @@ def test_a_variant_that_fails_leaves_the_others_alone(comparison, monkeypatch, c
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1", "--variant", "--optim.lr 1e30"])
     with pytest.raises(runtime.UserError, match="optim.lr_1e30, seed 10: the training ended with status 3"):
         compare.main()
-    assert "| --optim.lr 0.05 " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "| --optim.lr 0.05 " in output and "1 runs failed: their rows are of the rest" in output
 
 
 def test_what_is_no_variant_is_named(comparison, monkeypatch):
     told = {"--optim.lr 0.05": "is given twice", "--optim.lr 0.1": "is the recipe as it is", "--optim.lrr 1": "no such key",
             "--seeds 4": "how to compare", "--run.seed 4": "how to compare", "--config-file rn_configs/se94.yaml": "on top of another",
-            "--evaluate.holdout_size 9": "the same images", "--evaluate.split test": "the same images", "--beton.train x": "changes the files",
-            "--report.curves false": "changes the files", "--optim.lr '": "quotation"}
+            "--evaluate.holdout_size 9": "how all are judged", "--evaluate.split test": "how all are judged", "--beton.train x": "may differ",
+            "--report.curves false": "may differ", "--optim.lr '": "quotation"}
     monkeypatch.chdir(ROOT)
     wrong = ["--jobs", "0", "--run.folder", "x", "--run.seed", "3", "--evaluate.split", "holdout"]
     monkeypatch.setattr(sys, "argv", [*comparison[0], *wrong, *(word for variant in told for word in ("--variant", variant))])
@@ -213,6 +216,7 @@ def test_growth_is_the_exponent_and_what_is_steep_is_marked():
     assert rows[0]["growth"] is None and rows[1]["growth"] == pytest.approx(1)
     assert rows[2]["growth"] == pytest.approx(1 + math.log(2) / math.log(96**2 / 64**2))
     text = scaling.table("side", rows).splitlines()
+    assert "seconds for 50,000 images" in text[0] and [line.split("|")[4].strip() for line in text[2:]] == ["51.2", "204.8", "921.6"]
     assert "1.00 |" in text[3] and "steep" in text[4] and "steep" not in text[3]
     sets = scaling.with_growth("images", [{"value": n, "images_per_second": 1, "epoch_seconds": 3.0 * n, "own_memory_mib": 1} for n in (1, 8)])
     assert sets[1]["growth"] == pytest.approx(1)

@@ -71,7 +71,8 @@ def test_the_run_folders_config_repeats_the_run(digits):
     assert second["seed"] == 5 and first["loss_tta"] == second["loss_tta"] and first["correct"] == second["correct"]
 
 
-NARROW = ("--model.channels", "16,32,32", "--loop.epochs", "1", "--augment.sides", "", "--evaluate.tta", "none", "--run.seed", "2")
+NARROW = ("--model.channels", "16,32,32", "--loop.epochs", "1", "--augment.sides", "", "--evaluate.tta", "none", "--run.seed", "2",
+          "--run.device", "cpu")
 
 
 @pytest.fixture(scope="module")
