@@ -200,7 +200,8 @@ def test_a_series_that_is_interrupted_waits_for_its_training_to_save(tmp_path):
     series = ("from pathlib import Path\nfrom benchmarks import time_to_accuracy\nfrom seresnet import runtime\n"
               "time_to_accuracy.PROGRAM = 'training.py'\nruntime.run_program(lambda: time_to_accuracy.train([], Path('seed-3')))")
     with subprocess.Popen([sys.executable, "-c", series], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+                          env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:    # a suite in the background ignores it
         deadline = time.monotonic() + 60
         while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
