@@ -75,7 +75,6 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     device = device_of(settings)
-    import torch
     ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
     results, rows = {way: {"seconds": []} for way in ways}, []
     with ExitStack() as sessions:

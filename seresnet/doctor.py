@@ -48,8 +48,12 @@ def examine(data: Path) -> Iterator[Finding]:
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
         broken = why_not_imported(name) if there and name == "ffcv" else ""    # the one that wants libraries of the system
-        detail = f"cannot be imported ({broken}); for {use}" if broken else versions.get(name, "installed") if there else f"not installed; for {use}"
-        yield Finding(name, True if there and not broken else None, detail, "rm -f .venv/ready && make setup" if broken else "" if there else command)
+        if broken:
+            yield Finding(name, None, f"cannot be imported ({broken}); for {use}", "rm -f .venv/ready && make setup")
+        elif there:
+            yield Finding(name, True, versions.get(name, "installed"))
+        else:
+            yield Finding(name, None, f"not installed; for {use}", command)
     if runtime.is_installed("torch") and runtime.is_installed("numpy"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))

@@ -24,7 +24,7 @@ from seresnet.evaluate import Evaluation, evaluate
 from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
 from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
-from seresnet.model import SEResNet, check_budget, count_parameters
+from seresnet.model import SEResNet, check_budget, count_parameters, shapes_alone
 from seresnet.optim import (AveragedModel, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
                             set_learning_rate, stepwise)
 from seresnet.ranks import Ranks, join
@@ -111,8 +111,7 @@ def build_model(config: Config) -> SEResNet:
     """
     arguments = asdict(config.model)
     budget = arguments.pop("max_parameters")
-    with torch.device("meta"):    # shapes alone: a net beyond the budget may be one beyond the memory. Normal values there take a compiler
-        size = check_budget(SEResNet(**{**arguments, "head_std": 0.0, "initialisation": "default"}), budget) * 4
+    size = check_budget(shapes_alone(arguments), budget) * 4    # a net beyond the budget may be one beyond the memory
     if size > runtime.free_memory_of_machine():
         raise ValueError(f"channels: this net's parameters take {size >> 20:,} MiB, {runtime.free_memory_of_machine() >> 20:,} MiB are "
                          "free: fewer blocks or channels")

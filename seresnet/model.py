@@ -5,7 +5,7 @@ Output: logits (B, classes).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -254,6 +254,13 @@ def _by_stage(stages: int, channels: Sequence[int], kernels: Sequence[int], shor
 def count_parameters(model: nn.Module) -> int:
     """All parameters, the frozen ones of a whitening stem included: what a parameter budget counts."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shapes_alone(arguments: Mapping) -> SEResNet:
+    """SEResNet of these keyword arguments without memory for its parameters, on torch's meta device. Their first values, which are none
+    there, are left out: normal ones would wake torch's compiler."""
+    with torch.device("meta"):
+        return SEResNet(**{**arguments, "head_std": 0.0, "initialisation": "default"})
 
 
 def check_budget(model: nn.Module, most: int) -> int:

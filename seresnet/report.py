@@ -449,11 +449,11 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[dict]:
-    """`path`, `label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
+    """`label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
 
     Raises UserError where none is one, or a file of one is damaged.
     """
-    runs = []
+    runs, paths = [], []
     for folder in map(Path, folders):
         if not (folder / "log.jsonl").is_file():
             continue
@@ -468,8 +468,9 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
                             "out") from error
-        runs.append({"path": folder.absolute(), "records": records, "outcome": outcome})
-    for run, label in zip(runs, labels([run["path"] for run in runs])):
+        runs.append({"records": records, "outcome": outcome})
+        paths.append(folder.absolute())
+    for run, label in zip(runs, labels(paths)):
         run["label"] = label
     if not runs:
         raise UserError(f"no run folder among {', '.join(map(str, folders)) or 'nothing'} (looked in {Path.cwd()}): name folders "

@@ -12,7 +12,7 @@ from seresnet.augment import normalise
 from seresnet.checkpoint import CheckpointError
 from seresnet.config import SECTIONS, build
 from seresnet.imageset import problems_of_names
-from seresnet.model import SEResNet
+from seresnet.model import shapes_alone
 from seresnet.tta import VIEWS, log_probabilities
 
 
@@ -30,8 +30,7 @@ class TrainedNet:
                        for name, section in SECTIONS.items()}
         arguments = {name: value for name, value in self.config["model"].items() if name != "max_parameters"}
         build(self.config)    # values in their ranges
-        with torch.device("meta"):    # shapes alone: what the file claims costs no memory, only what it holds. Normal values there take a compiler
-            self.model = SEResNet(**{**arguments, "head_std": 0.0, "initialisation": "default"})
+        self.model = shapes_alone(arguments)    # what the file claims costs no memory, only what it holds
         self.model.load_state_dict(state["model"], assign=True)
         self.model.to(device, memory_format=torch.channels_last).eval()
         self.classes, self.mean, self.std = tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"])
