@@ -13,15 +13,14 @@ import dataclasses
 import json
 import re
 import shlex
-import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with
-from benchmarks.time_to_accuracy import accuracy_figures, arguments_of, names_seed, read_report, train
+from benchmarks.time_to_accuracy import Trainings, accuracy_figures, arguments_of, names_seed, read_report
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -91,29 +90,25 @@ def folder_name(variant: str) -> str:
 
 
 def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
-    """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone."""
+    """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone;
+    a signal to stop reaches them all, and they are waited for."""
     failed: list[str] = []
     jobs = max(1, min(jobs, len(todo)))
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(train, arguments, folder, jobs): folder for arguments, folder in todo}
+    with Trainings() as trainings, ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(trainings.run, arguments, folder, jobs): folder for arguments, folder in todo}
         try:
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    folder, error = running.pop(future), future.exception()
-                    if error is None:
-                        outcome = read_report(folder)
-                        seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
-                        print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
-                    elif isinstance(error, runtime.UserError):
-                        failed.append(f"{folder.parent.name}, {error}")
-                    else:
-                        raise error
-        except BaseException as end:
-            pool.shutdown(wait=False, cancel_futures=True)    # those at work are waited for: Ctrl-C has reached them, too, and they save
-            if isinstance(end, KeyboardInterrupt):
-                raise runtime.Interrupted("interrupted: start this again, it goes on where it was", signal.SIGINT) from end
-            raise
+            for future in as_completed(running):
+                folder, error = running[future], future.exception()
+                if error is None:
+                    outcome = read_report(folder)
+                    seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
+                    print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
+                elif isinstance(error, runtime.UserError):
+                    failed.append(f"{folder.parent.name}, {error}")
+                else:
+                    raise error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)    # those that have not begun; the others are waited for
     return failed
 
 

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -26,6 +27,7 @@ from benchmarks import keep, problems_with
 from seresnet import config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
+OWN_SESSIONS = os.name == "posix"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
 
 
@@ -52,14 +54,70 @@ def accuracy_figures(values: Sequence[float], target: float | None, confidence: 
     return found
 
 
-def run_seed(settings: config.Config, seed: int, folder: Path) -> dict:
+class Trainings:
+    """Starts ffcv_train.py, as often as it is asked to, and from several threads if need be.
+
+    Within its block SIGINT, SIGTERM and SIGHUP are handed on to every training at work instead of ending the program, and no further one
+    is started: a training saves its state first. Trainings have sessions of their own, so that Ctrl-C in a terminal, which
+    reaches a whole group of processes, comes to them once. Where systems have no sessions (Windows) it reaches them by itself.
+    """
+
+    def __init__(self) -> None:
+        self._at_work: set[subprocess.Popen] = set()
+        self._stopped = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Trainings:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if number not in self._before and signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._hand_on)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hand_on(self, number: int, frame) -> None:
+        self._stopped = number
+        os.write(2, b"waiting for the training to save; once more to leave at once\n")
+        for process in tuple(self._at_work):
+            self._ask_to_stop(process)
+
+    def _ask_to_stop(self, process: subprocess.Popen) -> None:
+        if OWN_SESSIONS:
+            process.send_signal(signal.SIGINT if self._stopped == signal.SIGINT else signal.SIGTERM)
+
+    def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
+        """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. Raises
+        UserError where it fails, runtime.Interrupted where it was stopped, or would have been started after that."""
+        self._raise_if_stopped(folder)
+        started = time.perf_counter()
+        with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=OWN_SESSIONS) as process:
+            self._at_work.add(process)
+            if self._stopped:    # after the first line of this, before the last one
+                self._ask_to_stop(process)
+            _, told = process.communicate()
+        self._at_work.discard(process)
+        if process.returncode:
+            self._raise_if_stopped(folder)
+            raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {process.returncode}: "
+                                    f"{told.strip()[-500:]}: what has ended is kept: start this again, it goes on where it was")
+        report.write_text(folder / "series.json", json.dumps({"seconds": time.perf_counter() - started, "jobs": jobs}) + "\n")
+
+    def _raise_if_stopped(self, folder: Path) -> None:
+        if self._stopped:
+            raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", self._stopped)
+
+
+def run_seed(trainings: Trainings, settings: config.Config, seed: int, folder: Path) -> dict:
     """The report of the run of `seed` in `folder`: read where it has ended, gone on with where it was stopped, else started.
 
     Raises UserError where the folder holds a run of another config, or the program fails.
     """
     arguments = arguments_of(settings, seed, folder)
     if arguments:
-        train(arguments, folder)
+        trainings.run(arguments, folder)
     return read_report(folder)
 
 
@@ -79,27 +137,6 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
     resolved.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(resolved, yaml.safe_dump(settings.as_dict(), sort_keys=False))
     return ["--config-file", str(resolved), "--run.seed", str(seed), "--run.folder", str(folder)]
-
-
-def train(arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
-    """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. Raises
-    UserError where it fails. On Ctrl-C, which the training has got as well, waits until that has saved its state."""
-    started = time.perf_counter()
-    stopped = None
-    with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            _, told = process.communicate()
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt
-            print(f"{folder}: waiting for the training to save", file=sys.stderr, flush=True)
-            process.communicate()
-    if stopped:
-        raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", signal.SIGINT) from stopped
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {process.returncode}: "
-                                f"{told.strip()[-500:]}: what has ended is kept: start this again, it goes on where it was")
-    report.write_text(folder / "series.json", json.dumps({"seconds": seconds, "jobs": jobs}) + "\n")
 
 
 def read_report(folder: Path) -> dict:
@@ -169,11 +206,12 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     runs = []
-    for seed in range(own.first_seed, own.first_seed + own.seeds):
-        run = run_seed(settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
-        runs.append(run)
-        print(f"seed {seed}: {run['accuracy_tta']:.2%} in {run['train_seconds']:.1f} s of training and "
-              f"{run['eval_seconds']:.1f} s of evaluation", flush=True)
+    with Trainings() as trainings:
+        for seed in range(own.first_seed, own.first_seed + own.seeds):
+            run = run_seed(trainings, settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
+            runs.append(run)
+            print(f"seed {seed}: {run['accuracy_tta']:.2%} in {run['train_seconds']:.1f} s of training and "
+                  f"{run['eval_seconds']:.1f} s of evaluation", flush=True)
     figures = accuracy_figures([run["accuracy_tta"] for run in runs], own.target)
     print("\n" + tables(runs, figures, own.target))
     names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "images_per_second", "resumed", "commit")

@@ -192,23 +192,35 @@ def test_the_folder_of_a_training_at_work_is_left_alone(tmp_path):
     assert "--run.seed" in time_to_accuracy.arguments_of(config.build({}), 3, tmp_path / "seed-3") and not (tmp_path / "seed-3").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a terminal's Ctrl-C, sent to a group of processes")
-def test_a_series_that_is_interrupted_waits_for_its_training_to_save(tmp_path):
-    """Ctrl-C reaches both programs; a training saves at the end of its step, which may take seconds."""
-    (tmp_path / "training.py").write_text("import pathlib, sys, time\ntry:\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n"
-                                          "except KeyboardInterrupt:\n    time.sleep(2)\n    pathlib.Path('saved').touch()\n    sys.exit(130)\n")
-    series = ("from pathlib import Path\nfrom benchmarks import time_to_accuracy\nfrom seresnet import runtime\n"
-              "time_to_accuracy.PROGRAM = 'training.py'\nruntime.run_program(lambda: time_to_accuracy.train([], Path('seed-3')))")
-    with subprocess.Popen([sys.executable, "-c", series], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:    # a suite in the background ignores it
+@pytest.mark.skipif(sys.platform == "win32", reason="no sessions there: Ctrl-C reaches all that are in a console")
+@pytest.mark.parametrize("name, at_work", [("SIGINT", 1), ("SIGTERM", 1), ("SIGHUP", 1), ("SIGTERM", 2)])
+def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_save(tmp_path, name, at_work):
+    """Sent to the series alone, as by kill, or to its group, as by a terminal, each training gets it once; it saves at the end of its step,
+    which may take seconds. The third of the comparison, which had not begun, does not begin."""
+    (tmp_path / "training.py").write_text(
+        "import pathlib, signal, sys, time\nown = pathlib.Path(sys.argv[1])\ngot = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, lambda number, frame: got.append(number))\n"
+        "(own / 'begun').touch()\nwhile not got:\n    time.sleep(0.05)\n"
+        "time.sleep(1)\n(own / 'saved').write_text(str(len(got)))\nsys.exit(128 + got[0])\n")
+    folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    series = ("import sys\nfrom pathlib import Path\nfrom benchmarks import compare, time_to_accuracy\nfrom seresnet import runtime\n"
+              "time_to_accuracy.PROGRAM = 'training.py'\ntodo = [([folder], Path(folder)) for folder in sys.argv[1:]]\n"
+              f"runtime.run_program(lambda: compare.run_all(todo, {at_work}))")
+    number = getattr(signal, name)
+    with subprocess.Popen([sys.executable, "-c", series, *map(str, folders)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:    # a suite in the background ignores it
         deadline = time.monotonic() + 60
-        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        while sum((folder / "begun").exists() for folder in folders) < at_work and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
+        (os.killpg if name == "SIGINT" else os.kill)(process.pid, number)
         _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and "seed-3: start this again, it goes on where it was" in told, told
-    assert (tmp_path / "saved").exists(), "the training was killed while it saved"
+    assert process.returncode == 128 + number and ": start this again, it goes on where it was" in told, told
+    saved = [(folder / "saved").read_text() for folder in folders if (folder / "begun").exists()]
+    assert saved == ["1"] * at_work, "a training was killed while it saved, or told twice, or begun after that"
+    assert "once more to leave at once" in told
 
 
 def test_growth_is_the_exponent_and_what_is_steep_is_marked():
