@@ -25,11 +25,12 @@ from seresnet.inputs import read_unlabelled    # noqa: E402
 from seresnet.tta import VIEWS    # noqa: E402
 
 
-def as_csv(ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], *, names: bool, proba: bool) -> str:
+def as_csv(ids: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], *, names: bool, proba: bool,
+           header: Sequence[str] = ("ID", "Labels")) -> str:
     """The text of a CSV file: header, then id and label (number, or class name) an image, with `proba` a column a class."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["ID", "Labels", *(classes if proba else ())])
+    writer.writerow([*header, *(classes if proba else ())])
     for name, row in zip(ids, probabilities, strict=True):
         label = int(row.argmax())
         writer.writerow([name, classes[label] if names else label, *(f"{value:.6f}" for value in row if proba)])
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
                         help="ID,Labels alone, or with every class's probability [kaggle]")
     parser.add_argument("--names", action="store_true", help="write class names instead of their numbers")
+    parser.add_argument("--header", default="ID,Labels", help="what the two columns are called, such as id,label [ID,Labels]")
     parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
                         help="bring images of another size to the net's; auto: as its training images were [auto]")
     parser.add_argument("--batch-size", type=int, default=1000, help="images a forward pass [1000]")
@@ -54,6 +56,9 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     if options.batch_size < 1:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more")
+    header = options.header.split(",")
+    if len(header) != 2 or not all(name.strip() for name in header):
+        parser.error(f"--header: got {options.header!r}, expected two names with a comma between them, such as id,label")
     report.check_writable(options.out)
     net = trained.load(options.checkpoint, options.device)
     sources = net.config["sources"]
@@ -64,7 +69,7 @@ def main() -> None:
     probabilities = net.probabilities(found.images, options.tta, options.batch_size)
     seconds = time.perf_counter() - started
     report.write_text(options.out, as_csv(found.ids, probabilities, net.classes, names=options.names,
-                                          proba=options.format == "proba"))
+                                          proba=options.format == "proba", header=header))
     if found.left_out:
         report.say(found.left_out)
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "

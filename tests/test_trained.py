@@ -233,12 +233,15 @@ def test_predictions_to_hand_in(run, tmp_path):
     assert rows[0] == ["ID", "Labels"] and [row[0] for row in rows[1:]] == [str(i) for i in range(100, 160)]
     expected = seresnet.load(folder).predict(test.images)
     assert [int(row[1]) for row in rows[1:]] == expected.tolist()
+    status, _, errors = predict(tmp_path, "--checkpoint", folder, "--images", "hidden", "--out", "named.csv", "--header", "id,label")
+    assert status == 0 and (tmp_path / "named.csv").read_text() == (tmp_path / "p.csv").read_text().replace("ID,Labels", "id,label"), errors
 
 
 @pytest.mark.parametrize("change, message", [
     (("--images", "nowhere"), "does not exist"), (("--out", os.devnull), "is no regular file"), (("--device", "gpu"), "expected auto"),
     (("--checkpoint", "nowhere"), "cannot be read"),
-    (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "0"), "got 0")])
+    (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "0"), "got 0"),
+    (("--header", "label"), "expected two names"), (("--header", "id,"), "expected two names")])
 def test_mistakes_end_in_one_message_and_nothing_written(run, tmp_path, change, message):
     np.save(tmp_path / "x.npy", run[1].images)
     keys = {"--checkpoint": run[0], "--images": "x.npy", "--out": "p.csv", **dict([change])}
