@@ -3,10 +3,9 @@
 # make setup   system packages, .venv, pinned dependencies; each target does it by itself, and again for nothing
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to pip (README, "Without a GPU"),
-# FFCV=no does without FFCV, a compiler and system packages.
+# FFCV=no does without FFCV, a compiler and system packages. Given once, they hold until others are given.
 
 CONFIG ?= rn_configs/se94.yaml
-PYTHON ?= python3
 export CIFAR10_DIR PYTHON PIP_ARGS FFCV
 
 .PHONY: train test setup

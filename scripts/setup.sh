@@ -1,15 +1,25 @@
 #!/bin/sh
 # System packages, .venv, pinned dependencies. Done once: a second call compares one line and leaves.
 # Exit status 2 with the packages' names where they are missing and cannot be installed. FFCV=no does without FFCV, and so
-# without compiler and system packages: sets are then kept in memory.
+# without compiler and system packages: sets are then kept in memory. PYTHON, PIP_ARGS and FFCV, once given, hold until others are:
+# `make train` after `make setup FFCV=no` finds its .venv as it is (FFCV=yes takes that back, PIP_ARGS=" " the arguments).
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
 
 die() { printf 'error: %s\n' "$@" >&2; exit 2; }
 
+chosen() { sed -n "s/^$1=//p" .venv/ready 2>/dev/null || :; }
+python=${PYTHON:-$(chosen PYTHON)}
+if [ -z "${PYTHON:-}" ] && ! command -v "$python" >/dev/null; then python=python3; fi    # nothing was chosen, or it has gone since
+pip_args=${PIP_ARGS:-$(chosen PIP_ARGS)}
+ffcv=${FFCV:-$(chosen FFCV)}
+ffcv=${ffcv:-yes}
+
 command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer, or name one with PYTHON=..."
-state="$("$python" -c 'import sys; print(sys.version)') $(cat pyproject.toml scripts/setup.sh | cksum) ${PIP_ARGS:-} ${FFCV:-}"
+state="PYTHON=$python
+PIP_ARGS=$pip_args
+FFCV=$ffcv
+made of $(cat pyproject.toml scripts/setup.sh | cksum) by $("$python" -c 'import sys; print(sys.version)')"
 if [ -f .venv/ready ] && [ "$(cat .venv/ready)" = "$state" ]; then exit 0; fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -25,7 +35,7 @@ missing() {
         echo "Python headers"
     "$python" -c 'import ensurepip' 2>/dev/null || echo "Python venv"
 }
-if [ "${FFCV:-yes}" != no ] && [ -n "$(missing)" ]; then
+if [ "$ffcv" != no ] && [ -n "$(missing)" ]; then
     apt="g++ pkg-config libopencv-dev libturbojpeg0-dev"
     # Only Debian's own interpreter takes its headers and venv from packages.
     case "$(command -v "$python")" in /usr/bin/*) apt="$apt python3-dev python3-venv" ;; esac
@@ -48,8 +58,8 @@ if [ "${FFCV:-yes}" != no ] && [ -n "$(missing)" ]; then
 fi
 
 extras=test,ffcv
-[ "${FFCV:-yes}" != no ] || extras=test
+[ "$ffcv" != no ] || extras=test
 echo "installing Python packages into .venv (a minute or two, more where torch's CUDA build is fetched)"
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check ${PIP_ARGS:-} --editable ".[$extras]"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check $pip_args --editable ".[$extras]"
 printf '%s\n' "$state" >.venv/ready

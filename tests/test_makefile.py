@@ -1,5 +1,6 @@
 """make and its scripts: what they say and choose, with every program they call replaced by one that records the call."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,17 +138,39 @@ def test_no_or_old_python_is_said(clone, bare):
     assert done.returncode == 2 and "Python 2.7 is too old" in done.stderr
 
 
-def test_a_second_setup_does_nothing(tmp_path):
-    """In the real checkout: this test runs from the .venv that setup made, if it did."""
-    if not (ROOT / ".venv/ready").exists() or os.environ.get("PYTHON"):
-        pytest.skip("this Python does not come from `make setup`")
-    made = (ROOT / ".venv/ready").stat().st_mtime
-    if any((ROOT / name).stat().st_mtime > made for name in ("pyproject.toml", "scripts/setup.sh")):
-        pytest.skip("`make setup` would have something to do")    # and would clear the .venv that this test runs from
-    done = subprocess.run(["sh", "scripts/setup.sh"], cwd=ROOT, text=True, capture_output=True, timeout=3)
-    if "installing" in done.stdout:
-        pytest.skip("this .venv was made for another interpreter or version of pyproject.toml")
-    assert done.returncode == 0 and done.stdout == ""
+@pytest.fixture
+def fake_python(clone, bare):
+    """An interpreter that notes what pip is asked to install, and makes a .venv with a copy of itself; on the PATH as python3 and python4."""
+    text = ('#!/bin/sh\ncase "$*" in\n    *"import sys; print"*) echo 3.13 ;;\n    -c*) exit 0 ;;\n'
+            '    "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cat "$0" >.venv/bin/python && chmod +x .venv/bin/python ;;\n'
+            '    "-m pip"*) echo "$*" >>installed ;;\n    *) exit 9 ;;\nesac\n')
+    for name in ("python3", "python4"):
+        (bare / name).write_text(text)
+        (bare / name).chmod(0o755)
+    for name in ("mkdir", "chmod"):
+        (bare / name).symlink_to(shutil.which(name))
+    return str(bare)
+
+
+def test_what_setup_was_given_holds_until_it_is_given_something_else(clone, fake_python):
+    """make train after make setup FFCV=no PIP_ARGS=... finds its .venv as it is."""
+    def calls(**given):
+        (clone / "installed").unlink(missing_ok=True)
+        done = setup(clone, fake_python, **{"PYTHON": "", **given})
+        assert done.returncode == 0, done.stderr
+        assert ("installing" in done.stdout) == (clone / "installed").exists()
+        return (clone / "installed").read_text() if (clone / "installed").exists() else ""
+
+    assert "--index x --editable .[test]" in calls(FFCV="no", PIP_ARGS="--index x")
+    assert calls() == calls(FFCV="no") == calls(PIP_ARGS="--index x", FFCV="no") == ""
+    assert "--index y --editable .[test]" in calls(PIP_ARGS="--index y")
+    (clone / "pyproject.toml").write_text((clone / "pyproject.toml").read_text() + "\n")
+    assert "--index y --editable .[test]" in calls() and calls() == ""
+    assert "--index y" not in calls(PIP_ARGS=" ") and calls() == ""
+    assert calls(PYTHON="python4") and calls() == "" and "PYTHON=python4\n" in (clone / ".venv/ready").read_text()
+    Path(fake_python, "python4").unlink()
+    assert calls() and "PYTHON=python3\n" in (clone / ".venv/ready").read_text()
+    assert "missing: compiler" in setup(clone, fake_python, FFCV="yes", PYTHON="").stderr
 
 
 def test_the_make_targets_call_the_scripts():
