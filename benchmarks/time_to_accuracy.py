@@ -27,7 +27,6 @@ from benchmarks import keep, problems_with
 from seresnet import config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
-OWN_SESSIONS = os.name == "posix"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
 
 
@@ -57,9 +56,9 @@ def accuracy_figures(values: Sequence[float], target: float | None, confidence: 
 class Trainings:
     """Starts ffcv_train.py, as often as it is asked to, and from several threads if need be.
 
-    Within its block SIGINT, SIGTERM and SIGHUP are handed on to every training at work instead of ending the program, and no further one
-    is started: a training saves its state first. Trainings have sessions of their own, so that Ctrl-C in a terminal, which
-    reaches a whole group of processes, comes to them once. Where systems have no sessions (Windows) it reaches them by itself.
+    Within its block a signal to stop is handed on to every training at work instead of ending the program, and no further one is
+    started: a training saves its state first. It may have got the signal by itself, from a terminal; runtime.StopRequest takes
+    both for one request. On Windows, where a signal from elsewhere kills, nothing is handed on: Ctrl-C reaches all in a console.
     """
 
     def __init__(self) -> None:
@@ -68,8 +67,8 @@ class Trainings:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Trainings:
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if number not in self._before and signal.getsignal(number) != signal.SIG_IGN:
+        for number in runtime.STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._hand_on)
         return self
 
@@ -79,27 +78,30 @@ class Trainings:
 
     def _hand_on(self, number: int, frame) -> None:
         self._stopped = number
-        os.write(2, b"waiting for the training to save; once more to leave at once\n")
         for process in tuple(self._at_work):
             self._ask_to_stop(process)
+        runtime.tell(b"waiting for the training to save; once more to leave at once\n")
 
     def _ask_to_stop(self, process: subprocess.Popen) -> None:
-        if OWN_SESSIONS:
-            process.send_signal(signal.SIGINT if self._stopped == signal.SIGINT else signal.SIGTERM)
+        if os.name == "posix":
+            process.send_signal(self._stopped)
 
     def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. Raises
         UserError where it fails, runtime.Interrupted where it was stopped, or would have been started after that."""
         self._raise_if_stopped(folder)
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              start_new_session=OWN_SESSIONS) as process:
+        with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as process:
             self._at_work.add(process)
             if self._stopped:    # after the first line of this, before the last one
                 self._ask_to_stop(process)
             _, told = process.communicate()
         self._at_work.discard(process)
         if process.returncode:
+            stopped_by = process.returncode - 128 if process.returncode > 128 else -process.returncode
+            if stopped_by in runtime.STOP_SIGNALS:    # perhaps it alone, or before we have heard of it: what would follow is not wanted either
+                self._stopped = self._stopped or stopped_by
             self._raise_if_stopped(folder)
             raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {process.returncode}: "
                                     f"{told.strip()[-500:]}: what has ended is kept: start this again, it goes on where it was")
@@ -145,22 +147,22 @@ def read_report(folder: Path) -> dict:
     outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     machine = environment["machine"]
+    processor = machine["gpu"] if outcome["run_device"].startswith("cuda") else machine["processor"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
-    return {**outcome, "commit": environment["commit"], "machine": f"{machine.get('gpu', machine['processor'])} ({machine['cores']} cores)",
+    return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
             "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
     """Raise UserError where the run in `folder` is not one of these settings and this seed."""
-    wanted = dataclasses.replace(settings, run=dataclasses.replace(settings.run, seed=seed, folder=str(folder)))
+    wanted = dataclasses.replace(settings, run=dataclasses.replace(settings.run, seed=seed))
     try:
-        found = config.changes(config.read_file(str(folder / "config.yaml")), wanted)
+        found = config.changes_with_effect(config.read_file(str(folder / "config.yaml")), wanted)
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
-    differing = [f"{name}: {there} there, {here} here" for name, there, here in found
-                 if not name.startswith("sources.")]    # which the run took from the data
-    if differing:
-        raise runtime.UserError(*(f"{folder}: {line}: choose another --out, or remove it" for line in differing))
+    if found:
+        raise runtime.UserError(*(f"{folder}: {name}: {there} there, {here} here: choose another --out, or remove it"
+                                  for name, there, here in found))
 
 
 def names_seed(argv: Sequence[str]) -> bool:

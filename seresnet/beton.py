@@ -68,6 +68,7 @@ class Beton:
     source: str
     identity: tuple[int, ...]    # of the file on disk, as file_identity gives it
     how: dict[str, int | float | str] = field(default_factory=dict)    # keys of `sources` with which it was written; of older files, none
+    fingerprint: str = ""    # of the data set and how it was read (sources.Source.fingerprint), storage and split behind slashes
 
     def check_unchanged(self) -> None:
         """Raise BetonError where the file at `path` is no longer the one that was checked."""
@@ -126,7 +127,7 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
             if not same or not np.array_equal(written.labels, split.labels):
                 raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
                                  "that was there before is untouched")
-            stored = images if storage == "raw" else read_images(written)
+            stored = [images] if storage == "raw" else read_in_parts(written)
             sidecar.update(zip(("mean", "std"), map(list, channel_statistics(stored))))
             note.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
             for file in (temporary, note):    # before anything that was there is touched
@@ -140,10 +141,14 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
     return open_beton(path)
 
 
-def _holds(written: Beton, images: np.ndarray, part: int = 16384) -> bool:
+def _holds(written: Beton, images: np.ndarray) -> bool:
     """Whether the pixels of `written` are `images`, a part at a time: either may be larger than the memory (np.memmap)."""
-    return all(np.array_equal(read_images(written, np.arange(start, min(start + part, len(images)))), images[start:start + part])
-               for start in range(0, len(images), part))
+    compared = 0
+    for part in read_in_parts(written):
+        if not np.array_equal(part, images[compared:compared + len(part)]):
+            return False
+        compared += len(part)
+    return compared == len(images)
 
 
 def _check_writable(path: Path, size: int) -> None:
@@ -286,8 +291,7 @@ def open_beton(path: Path | str, *, classes: int | None = None, image_size: int 
 def is_current(path: Path | str, fingerprint: str) -> bool:
     """Whether a whole beton lies at `path` that was written from the data set with this fingerprint."""
     try:
-        open_beton(path, verify="full")
-        return _read_sidecar(Path(path))["fingerprint"] == fingerprint
+        return open_beton(path, verify="full").fingerprint == fingerprint
     except BetonError:
         return False
 
@@ -298,7 +302,18 @@ def read_images(beton: Beton, samples: np.ndarray | None = None) -> np.ndarray:
     Of JPEGs, FFCV's decoder is faster and coarser: it may differ by some steps in a pixel. Raises BetonError where one cannot be decoded.
     """
     layout, _ = _read_layout(beton.path)
+    return _read_pixels(beton, layout, np.arange(beton.samples) if samples is None else np.asarray(samples))
+
+
+def read_in_parts(beton: Beton, samples: np.ndarray | None = None, part: int = 16384) -> Iterator[np.ndarray]:
+    """What read_images returns, `part` images at a time: for sets that are larger than the memory, or have to be put elsewhere."""
+    layout, _ = _read_layout(beton.path)
     samples = np.arange(beton.samples) if samples is None else np.asarray(samples)
+    for start in range(0, len(samples), part):
+        yield _read_pixels(beton, layout, samples[start:start + part])
+
+
+def _read_pixels(beton: Beton, layout: _Layout, samples: np.ndarray) -> np.ndarray:
     images = np.empty((len(samples), beton.height, beton.width, 3), np.uint8)
     if beton.storage == "jpeg":
         for i, sample in enumerate(samples):
@@ -326,7 +341,21 @@ def _region(path: Path, layout: _Layout, sample: int) -> np.ndarray:
 def _beton(path: Path, layout: _Layout, sidecar: dict) -> Beton:
     return Beton(path, len(layout.labels), layout.height, layout.width, tuple(sidecar["classes"]), tuple(sidecar["mean"]),
                  tuple(s or 1.0 for s in sidecar["std"]), sidecar["sha256"], layout.labels, layout.storage, sidecar["name"], sidecar["source"],
-                 file_identity(path), sidecar.get("how", {}))
+                 file_identity(path), sidecar.get("how", {}), sidecar["fingerprint"])
+
+
+def mismatch(train: Beton, test: Beton) -> list[str]:
+    """Why these are no two splits of one set, a line, or nothing. Another test set of the same classes is allowed; one that was split
+    off the same place at another time, or otherwise, is not: images that are trained on may be in it."""
+    if train.classes != test.classes:
+        differing = next(((a, b) for a, b in zip(train.classes, test.classes) if a != b), (len(train.classes), len(test.classes)))
+        return [f"{train.path} and {test.path}: have other classes ({differing[0]!r} and {differing[1]!r}): name the two splits of one set "
+                "with --beton.train and --beton.test"]
+    content = [beton.fingerprint.partition("/")[0] for beton in (train, test)]
+    if train.source == test.source and content[0] != content[1]:
+        return [f"{train.path} and {test.path}: were both written from {train.source}, but what was there, or how it was read, has changed in "
+                "between, so that images to train on may be among those to test on: write both again"]
+    return []
 
 
 def _sha256(path: Path) -> str:

@@ -117,7 +117,7 @@ def problems_of_published(images: ImageSet) -> list[str]:
                             "of each")
         if name not in known.means:
             continue
-        mean, std = channel_statistics(split.images)
+        mean, std = channel_statistics([split.images])
         for what, got, published in (("mean", mean, known.means[name]), ("standard deviation", std, known.stds[name])):
             if max(abs(a - b) for a, b in zip(got, published)) > 0.01:
                 problems.append(f"the {name} images' channel {what} is {tuple(round(v, 2) for v in got)}, {known.title}'s is "

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from seresnet import runtime    # which needs no package: it is these that may be missing
 
-NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs PyYAML terminaltables",
+NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs",
+          "terminaltables": "pip install terminaltables",    # which fastargs imports and does not ask for
           "yaml": "pip install PyYAML", "PIL": "pip install pillow"}
 OPTIONAL = {
     "ffcv": ("streaming of sets that do not fit into memory", "make setup, or: README, \"Install\""),
@@ -41,20 +42,24 @@ def examine(data: Path) -> Iterator[Finding]:
     """One finding after the other. data: folder in which betons, or sources of them, are looked for."""
     version = sys.version.split()[0]
     yield Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
-    versions = runtime.describe_versions()
+    versions, broken = runtime.describe_versions(), {}
     for name, command in NEEDED.items():
         there = runtime.is_installed(name)
-        yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
+        broken[name] = why_not_imported(name) if there and name == "torch" else ""    # it wants libraries of CUDA, or of the system
+        if broken[name]:
+            yield Finding(name, False, f"cannot be imported ({broken[name]})", f"pip install --force-reinstall {name}")
+        else:
+            yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
-        broken = why_not_imported(name) if there and name == "ffcv" else ""    # the one that wants libraries of the system
-        if broken:
-            yield Finding(name, None, f"cannot be imported ({broken}); for {use}", "rm -f .venv/ready && make setup")
+        broken[name] = why_not_imported(name) if there and name == "ffcv" else ""
+        if broken[name]:
+            yield Finding(name, None, f"cannot be imported ({broken[name]}); for {use}", "rm -f .venv/ready && make setup")
         elif there:
             yield Finding(name, True, versions.get(name, "installed"))
         else:
             yield Finding(name, None, f"not installed; for {use}", command)
-    if runtime.is_installed("torch") and runtime.is_installed("numpy"):
+    if runtime.is_installed("torch") and runtime.is_installed("numpy") and not broken["torch"]:
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
         bf16 = machine["cpu_bf16"]

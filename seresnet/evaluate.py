@@ -116,9 +116,9 @@ def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tu
     return images, labels, text
 
 
-def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str) -> dict[str, list[float]]:
+def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str, batch_size: int = 0) -> dict[str, list[float]]:
     """Accuracy under each of shift.CORRUPTIONS, a list over the severities 1 to 5."""
-    return {name: [float((net.predict(shift.corrupt(images, name, severity), tta) == labels).mean())
+    return {name: [float((net.predict(shift.corrupt(images, name, severity), tta, batch_size) == labels).mean())
                    for severity in shift.SEVERITIES] for name in shift.CORRUPTIONS}
 
 
@@ -130,16 +130,20 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities")
+    parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
     parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/ beside the checkpoint]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
+    if options.batch_size < 0:
+        parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     net = trained.load(options.checkpoint, options.device)
     images, labels, text = read_labelled(options.data, net, options.split)
     folder = Path(options.out) if options.out else net.path.parent / "evaluation"
+    again = (folder / "evaluation.json").exists()
     report.create_folder(folder)
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
-    probabilities = net.probabilities(images, options.tta)
+    probabilities = net.probabilities(images, options.tta, options.batch_size)
     seconds = time.perf_counter() - started
     found = measure(probabilities, labels)
     report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta or net.tta}\n"
@@ -153,7 +157,7 @@ def main() -> None:
     outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
     if options.shift:
-        outcome["shift"] = measure_shift(net, images, labels, options.tta)
+        outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)
         means = [float(np.mean(values)) for values in outcome["shift"].values()]
         outcome["shift_accuracy"] = float(np.mean(means))
         report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
@@ -173,7 +177,7 @@ def main() -> None:
                             columns=8)
     written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": options.shift}
     for file, made in written.items():    # what an earlier evaluation left and this one did not make
-        if not made:
+        if again and not made:
             (folder / file).unlink(missing_ok=True)
     report.say(f"\n{folder}: {', '.join(file for file, made in written.items() if made)}")
 

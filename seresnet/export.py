@@ -112,7 +112,8 @@ def main() -> int:
     try:
         export(net, options.format, temporary, options.tta)
         run = open_exported(options.format, temporary)
-        found, wanted = np.concatenate([run(images[:1]), run(images[1:])]), net.probabilities(images, options.tta)
+        parts = np.split(images, range(1, len(images), net.config["evaluate"]["batch_size"]))    # one image alone, and as many as fit
+        found, wanted = np.concatenate([run(part) for part in parts]), net.probabilities(images, options.tta)
         worst, same = float(np.abs(found - wanted).max()), bool((found.argmax(1) == wanted.argmax(1)).all())
         if not same or worst > TOLERANCE:
             report.say(f"error: the {options.format} file does not do what the net does: probabilities differ by up to {worst:.2e}, "

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some kilobytes may claim any number
 OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
+SMALLER = "make them smaller with --sources.image_size"
 
 
 class SourceError(UserError):
@@ -91,10 +92,14 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def fit_images(images: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> (N, size, size, 3), each as read_image would bring it there; unchanged where it fits, or size is 0."""
+    """uint8 (N, H, W, 3) -> (N, size, size, 3), each as read_image would bring it there; unchanged where it fits, or size is 0.
+
+    Raises SourceError where the memory does not hold them.
+    """
     if size in (0, images.shape[1]) and size in (0, images.shape[2]):
         return images
     from PIL import Image, ImageOps
+    check_room(len(images) * size * size * 3, SMALLER)
     how, fitted = Image.Resampling.BICUBIC, np.empty((len(images), size, size, 3), np.uint8)
     for i, pixels in enumerate(images):
         image = Image.fromarray(pixels)

@@ -61,19 +61,18 @@ def problems_of(images: ImageSet) -> Iterable[str]:
                "bring all to one size first")
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel of uint8 (N, H, W, 3), over all pixels of all images, in pixel values.
+def channel_statistics(parts: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel of images, over all pixels of all of them, in pixel values.
 
-    Exact: both come from a histogram of the 256 values, whose sums are integers.
+    parts: uint8 (N, H, W, 3) each, together the images. Exact: both come from a histogram of the 256 values, whose sums are
+    integers.
     """
-    values = np.arange(256, dtype=np.int64)
-    means, stds = [], []
-    for channel in range(3):
-        counts = np.zeros(256, np.int64)
-        for start in range(0, len(images), 4096):    # bincount widens to 8 bytes a pixel: a part at a time
-            counts += np.bincount(images[start:start + 4096, ..., channel].ravel(), minlength=256)
-        total = int(counts.sum())
-        mean = int((counts * values).sum()) / total
-        means.append(mean)
-        stds.append((int((counts * values**2).sum()) / total - mean**2) ** 0.5)
+    values, counts = np.arange(256, dtype=np.int64), np.zeros((3, 256), np.int64)
+    for images in parts:
+        for start in range(0, len(images), 4096):    # bincount widens to 8 bytes a pixel: some at a time
+            for channel in range(3):
+                counts[channel] += np.bincount(images[start:start + 4096, ..., channel].ravel(), minlength=256)
+    total = int(counts[0].sum())
+    means = [int(of_channel @ values) / total for of_channel in counts]
+    stds = [(int(of_channel @ values**2) / total - mean**2) ** 0.5 for of_channel, mean in zip(counts, means)]
     return tuple(means), tuple(stds)

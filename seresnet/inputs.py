@@ -99,8 +99,6 @@ def _table(path: Path) -> Unlabelled:
         raise SourceError(f"{path}: holds {', '.join(map(repr, sorted(map(str, content))[:8])) or 'nothing'}, expected an array of "
                           f"images named {' or '.join(IMAGE_KEYS)}")
     array = content[key]
-    if array.ndim == 2:
-        _check_planes(array, f"{path}: {key}")
     if array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):    # labels, in a set to train on, would tell which
         raise SourceError(f"{path}: {key} has the shape {array.shape}, which is one image or several grey ones: give colour images as "
                           "(N, H, W, 3), one as images[None], grey ones as (N, H, W, 1)")
@@ -126,16 +124,3 @@ def _binary_rows(path: Path) -> np.ndarray:
                           f"{' and '.join(map(str, fitting or BINARY_ROWS))}, the rows of CIFAR's binary layouts: it is cut off, "
                           "or give the images as .npy")
     return content.reshape(-1, fitting[0])[:, fitting[0] - 3072:]
-
-
-def _check_planes(rows: np.ndarray, where: str) -> None:
-    """Refuse rows that hold a pixel's three values side by side. A picture is smooth: read in the wrong order, neighbours
-    differ far more than in the right one."""
-    if rows.dtype != np.uint8 or rows.shape[1] != 3072 or not len(rows):
-        return    # as_images says what is wrong
-    sample = rows[:1000].astype(np.int16)
-    planes = np.abs(np.diff(sample.reshape(-1, 3, 32, 32), axis=3)).mean()
-    pixels = np.abs(np.diff(sample.reshape(-1, 32, 32, 3), axis=2)).mean()
-    if planes > 1.5 * pixels:
-        raise SourceError(f"{where}: its rows hold red, green and blue of each pixel side by side, expected all red values, then "
-                          "green, then blue: reshape them to (N, 32, 32, 3)")

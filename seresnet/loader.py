@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from seresnet import runtime
-from seresnet.beton import Beton, read_images
+from seresnet.beton import Beton, read_in_parts
 from seresnet.runtime import UserError
 
 RESIDENT_SHARE = 0.25    # of the free memory: what `auto` lets a resident set take
@@ -182,7 +182,7 @@ class BatchLoader:
         int64 (N,)."""
         shape = len(self._here), self._beton.height, self._beton.width, 3
         pixels, filled = torch.empty(shape, dtype=torch.uint8, device=self._device), 0
-        with_ffcv = self._beton.storage == "jpeg" and runtime.has_ffcv()    # FFCV would compile for two seconds to copy raw pixels once
+        with_ffcv = self._beton.storage == "jpeg" and not runtime.why_no_ffcv()    # FFCV would compile for two seconds to copy raw pixels once
         for images in self._decoded() if with_ffcv else self._read():
             pixels[filled:filled + len(images)] = images
             filled += len(images)
@@ -198,19 +198,20 @@ class BatchLoader:
 
     def _read(self) -> Iterator[torch.Tensor]:
         self._beton.check_unchanged()
-        for start in range(0, len(self._here), PART):
-            yield torch.from_numpy(read_images(self._beton, self._here[start:start + PART]))
+        yield from map(torch.from_numpy, read_in_parts(self._beton, self._here, PART))
 
 
 def _pick_mode(mode: str, size: int, device: torch.device) -> str:
     if mode == "resident" or (mode == "auto" and size <= RESIDENT_SHARE * runtime.free_memory(device)):
         return "resident"
-    if runtime.has_ffcv():
+    why = runtime.why_no_ffcv()
+    if not why:
         return "stream"
     room = runtime.free_memory(device)
     if mode == "stream" or size > room:
-        raise LoaderError(f"loader.mode: {mode}: the images take {size >> 20} MiB of {room >> 20} free, and without FFCV they are "
-                          "kept in memory: install FFCV (README, \"Install\"), or let loader.mode be auto for a set that fits")
+        raise LoaderError(f"loader.mode: {mode}: the images take {size >> 20} MiB of {room >> 20} free, and without FFCV ({why}) they "
+                          "are kept in memory: install FFCV (README, \"Install\"; python -m seresnet.doctor says what it lacks), or let "
+                          "loader.mode be auto for a set that fits")
     return "resident"
 
 

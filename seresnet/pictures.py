@@ -8,6 +8,7 @@ import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")    # Paul Tol's bright scheme
+STYLES = (("-", "o"), ("--", "o"), (":", "s"), ("-.", "D"))    # lines and markers, where there are more runs than colours
 
 
 def _figure(width: float, height: float):
@@ -73,13 +74,13 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
     figure = _figure(12, 4.6 + 0.16 * max(0, len(runs) - 12))
     curves, times = figure.subplots(1, 2)
     for i, run in enumerate(runs):
-        colour, style = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
+        (style, marker), colour = STYLES[i // len(COLOURS) % len(STYLES)], COLOURS[i % len(COLOURS)]
         points = [(r["epoch"], r["test_accuracy"]) for r in run["records"] if r["test_accuracy"] is not None]
         curves.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=run["label"],
                     marker="o" if len(points) <= 40 else None, markersize=3)
         if run["outcome"]:
-            times.plot(run["outcome"]["train_seconds"] + run["outcome"]["eval_seconds"], run["outcome"]["accuracy_tta"], "o",
-                       color=colour, markersize=7, markerfacecolor="none" if style == "--" else colour, clip_on=False)
+            times.plot(run["outcome"]["train_seconds"] + run["outcome"]["eval_seconds"], run["outcome"]["accuracy_tta"], marker,
+                       color=colour, markersize=7, markerfacecolor="none" if i >= len(COLOURS) else colour, clip_on=False)
     curves.set_xlabel("epoch")
     curves.set_ylabel("accuracy on the evaluation split")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))

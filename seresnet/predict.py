@@ -51,11 +51,11 @@ def main() -> None:
     parser.add_argument("--header", default="ID,Labels", help="what the two columns are called, such as id,label [ID,Labels]")
     parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
                         help="bring images of another size to the net's; auto: as its training images were [auto]")
-    parser.add_argument("--batch-size", type=int, default=1000, help="images a forward pass [1000]")
+    parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
-    if options.batch_size < 1:
-        parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more")
+    if options.batch_size < 0:
+        parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     header = options.header.split(",")
     if len(header) != 2 or not all(name.strip() for name in header):
         parser.error(f"--header: got {options.header!r}, expected two names with a comma between them, such as id,label")

@@ -43,11 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seresnet.preview", description="Draw augmented training images.")
     parser.add_argument("--out", default="preview.png", metavar="FILE", help="picture to draw [preview.png]")
     parser.add_argument("--images", type=int, default=6, help="how many [6]")
-    parser.add_argument("--epochs", type=int, default=7, help="of how many epochs [7]")
+    parser.add_argument("--epochs", type=int, default=7, help="of how many epochs, of those that the recipe has [7]")
     settings, own = config.parse(sys.argv[1:], parser)
     if own.images < 1 or own.epochs < 1:
         raise config.ConfigError(f"--images, --epochs: got {own.images} and {own.epochs}, expected 1 and more")
     report.check_picture(own.out)
+    own.epochs = min(own.epochs, settings.loop.epochs)
     settings = dataclasses.replace(settings, loader=dataclasses.replace(settings.loader, mode="auto", drop_last=False))
     shown, captions = augmented(settings, own.images, own.epochs)
     a = settings.augment

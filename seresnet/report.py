@@ -114,7 +114,9 @@ class RunFolder:
         """Write report.json, and curves.png where asked for."""
         self._write_json("report.json", outcome)
         self._tell(lambda writer: writer.conclude(outcome) if isinstance(writer, _Wandb) else None)
-        if curves:
+        if curves and not runtime.is_installed("matplotlib"):
+            say("curves.png is not drawn: matplotlib is not installed (pip install matplotlib)")
+        elif curves:
             try:
                 draw_curves(self.records, outcome, self.path / "curves.png")
             except OSError as error:
@@ -377,9 +379,13 @@ def write_text(path: Path | str, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): free space there, or name another place") from error
 
 
+def _has_bars() -> bool:
+    return sys.stderr.isatty() and runtime.is_installed("tqdm")
+
+
 def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Iterator[T]:
     """`items`, with a progress bar on a terminal and nothing elsewhere. done: how many of `total` lie behind already."""
-    if not sys.stderr.isatty():
+    if not _has_bars():
         return iter(items)
     return _with_bar(items, total, label, done)
 
@@ -400,7 +406,7 @@ class CountBar:
 
     def __init__(self, total: int, label: str, unit: str):
         self._bar = None
-        if sys.stderr.isatty():
+        if _has_bars():
             from tqdm import tqdm
             self._bar = tqdm(total=total, desc=label, leave=False, unit=unit, dynamic_ncols=True)
 

@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -147,9 +148,14 @@ def _has_voice() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" if _voice is None else _voice
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+
 class StopRequest:
-    """Within its block, SIGINT and SIGTERM are noted in `signal` (0 until then) instead of ending the program; a second
-    one ends it at once. Outside the main thread, and where the caller has told us to ignore a signal, nothing changes.
+    """Within its block, SIGINT, SIGTERM and SIGHUP (a terminal was closed) are noted in `signal` (0 until then) instead of ending the
+    program; another one, a second and more later, ends it at once: one request may arrive by two ways, from a terminal, or a
+    service manager, and from who has started us. Outside the main thread, and where the caller has told us to ignore a
+    signal, nothing changes.
 
     Of several processes, the first announces that it will stop. A second signal changes nothing there: the terminal and the
     launcher both hand one on. A process that has not left LAST_SECONDS after the first is ended, shortly before the launcher
@@ -157,14 +163,16 @@ class StopRequest:
     """
 
     LAST_SECONDS = 25
+    ONE_REQUEST = 1.0    # seconds
 
     def __init__(self, of: Launch = Launch()):
         self.signal = 0
+        self._since = 0.0
         self._launch = of
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             try:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
@@ -184,13 +192,22 @@ class StopRequest:
                 self.signal = number
                 signal.alarm(self.LAST_SECONDS)
                 if self._launch.rank == 0:
-                    os.write(2, b"stopping after this step\n")
+                    tell(b"stopping after this step\n")
             return
         if self.signal:
+            if time.monotonic() - self._since < self.ONE_REQUEST:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = number
-        os.write(2, b"stopping after this step; once more to leave at once\n")    # print() may be what was interrupted
+        self.signal, self._since = number, time.monotonic()
+        tell(b"stopping after this step; once more to leave at once\n")
+
+
+def tell(line: bytes) -> None:
+    """Write to stderr from a signal's handler: print() may be what was interrupted, and who reads may be gone (`2>&1 | tee`, which Ctrl-C
+    ends first; a terminal that was closed), which is no reason not to save."""
+    with suppress(OSError):
+        os.write(2, line)
 
 
 def run_program(main: Callable[[], int | None]) -> None:
@@ -249,7 +266,8 @@ def _leave(status: int) -> NoReturn:
 def _complain(problems: tuple[str, ...], status: int) -> int:
     for problem in problems if _has_voice() else ():
         # names that strangers chose may hold line ends, or what a terminal takes for commands
-        print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem), file=sys.stderr)
+        with suppress(OSError):    # nobody reads: the status still tells
+            print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem), file=sys.stderr)
     return status
 
 
@@ -560,6 +578,17 @@ def _free_memory() -> int:
 def has_ffcv() -> bool:
     """Whether FFCV is installed. Betons are written, and read into memory, without it; `stream` needs it."""
     return is_installed("ffcv")
+
+
+def why_no_ffcv() -> str:
+    """Why FFCV cannot be used: it is not installed, or what its import says, where a library of the system is missing; '' where it can."""
+    if not has_ffcv():
+        return "not installed"
+    try:
+        import_ffcv()
+    except Exception as error:    # of the loader, of numba, of what FFCV's modules do as they are imported
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def is_installed(package: str) -> bool:

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import IMAGE_SUFFIXES, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays, read_image
+from seresnet.files import IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays, read_image
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
 TEST_NAMES = ("test", "val", "valid", "validation")
+SPLIT_NAME = re.compile(r"(train|training|test|testing|val|valid|validation)([\W_\d].*)?", re.IGNORECASE)    # test1, train_images
 LABEL_FILE = "trainLabels.csv"
-SMALLER = "make them smaller with --sources.image_size"
 SUPPLY = (f"Put an official layout of CIFAR ({WEBSITE}: cifar-10-batches-bin/, cifar-10-batches-py/, cifar-10-python.tar.gz, "
           "...), a folder a class (train/<class>/*.png + test/<class>/*.png, or without the split), the Hub's "
           "train-*.parquet, or an .npz file there, or name another place with --sources.path")
@@ -113,17 +113,20 @@ class Source:
 def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
     """What lies at `path`: the thing itself, or a folder that holds it.
 
-    kind: `auto` takes the first of KINDS that is there; a name demands that one. `download` (into `path`) and `digits` (no
-    path) are only taken when named. how: fields of Source. Raises MissingError where nothing is there, SourceError where
-    something else is.
+    kind: `auto` takes the first of KINDS that is there, CIFAR-10 in any layout before CIFAR-100; a name demands that one.
+    `download` (into `path`) and `digits` (no path) are only taken when named. how: fields of Source. Raises MissingError where
+    nothing is there, SourceError where something else is, or several sets of which none was named.
     """
     path = Path(path)
     if kind in ("download", "digits"):
         return Source(kind, path, **how)
-    found = {source_kind: place for source_kind, place in reversed(_candidates(path))}
-    if kind == "auto":
-        kind = next((k for k in KINDS if k in found), "auto")
+    candidates = _candidates(path)
+    found = {source_kind: place for source_kind, place in reversed(candidates)}
+    if kind == "auto" and candidates:
+        kind = candidates[0][0]
     if kind in found:
+        if several := _several(kind, found[kind], path):
+            raise SourceError(f"sources.path: {path} holds several data sets: {', '.join(several[:5])}: name one of them")
         return Source(kind, found[kind], **how)
     there = "is there, but holds no data set that we read" if path.exists() else "does not exist"
     if found:
@@ -133,22 +136,36 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
 
 
 def _candidates(path: Path) -> list[tuple[str, Path]]:
-    found = [(layout, folder) for known in SETS.values() for layout, name in known.folders.items()
-             for folder in (path, path / name) if (folder / known.files(layout)[0]).is_file() and _set_at(layout, folder)]
-    found += [("archive", path / name) for known in SETS.values() for name in known.archives if (path / name).is_file()]
+    """(kind, place) of what is there, the first choice first."""
+    found = []
+    for known in SETS.values():    # a set in all its layouts before the next
+        found += [(layout, folder) for layout, name in known.folders.items() for folder in (path, path / name)
+                  if (folder / known.files(layout)[0]).is_file() and _set_at(layout, folder)]
+        found += [("archive", path / name) for name in known.archives if (path / name).is_file()]
     if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
         found.append(("archive", path))
-    if path.is_file() and path.suffix == ".npz":
-        found.append(("arrays", path))
-    elif path.is_dir():
-        found += [("arrays", file) for file in sorted(path.glob("*.npz"))[:1]]
+    if path.is_dir():
         if (path / LABEL_FILE).is_file() and (path / "train").is_dir():
             found.append(("kaggle", path))
         if _parquet_files(path).get("train"):
             found.append(("parquet", path))
         if any(files for tree in _trees(path).values() for _, files in tree):
             found.append(("folder", path))
+        found += [("arrays", file) for file in sorted(path.glob("*.npz"))[:1]]
+    elif path.suffix == ".npz" and path.is_file():
+        found.append(("arrays", path))
     return found
+
+
+def _several(kind: str, place: Path, path: Path) -> list[str]:
+    """The names of the sets where more than one of that kind lies at `path`, and none of them was named."""
+    if kind == "arrays" and place != path:
+        names = [file.name for file in sorted(path.glob("*.npz"))]
+    elif kind == "parquet":
+        names = sorted({str(file.parent.relative_to(path)) for file in _parquet_files(path)["train"]})
+    else:
+        names = []
+    return names if len(names) > 1 else []
 
 
 def _set_at(layout: str, folder: Path) -> str:
@@ -231,7 +248,7 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
     train = _class_folders(path / "train")
     if not train:    # `train` may be a class, such as CIFAR-100's, but not where nothing but splits stands beside it
         whole = _class_folders(path)
-        return {"all": whole if {name for name, _ in whole} - {"train", *TEST_NAMES} else []}
+        return {"all": [] if all(SPLIT_NAME.fullmatch(name) for name, _ in whole) else whole}
     test = next((path / name for name in TEST_NAMES if _class_folders(path / name)), None)
     return {"train": train, "test": _class_folders(test)} if test else {"all": train}
 
@@ -325,7 +342,7 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _read_parquet(source: Source) -> ImageSet:
-    """Columns `img` or `image` (bytes, or a struct with them) and `label`, `labels`, `fine_label` or `coarse_label`."""
+    """Columns `img` or `image` (bytes, or a struct with them) and `label`, `labels`, `fine_label` or `coarse_label`: numbers, or words."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
@@ -353,12 +370,17 @@ def _read_parquet(source: Source) -> ImageSet:
                 raise
             except Exception as error:    # pyarrow raises a dozen kinds for damaged files
                 raise SourceError(f"{file}: is no readable parquet file ({type(error).__name__}): fetch it again") from error
-        if any(type(label) is not int or label < 0 for label in labels):
+        if not all(label if type(label) is str else type(label) is int and label >= 0 for label in labels):
             raise SourceError(f"{source.path}: {split} has samples without a label: a set to train on needs one each")
         images = _stack(len(contents), (_cell(content, f"{source.path}: {split} image {i}", source)
                                         for i, content in enumerate(contents)))
-        read[split] = images, np.array(labels, np.int64)
-    return _image_set(source, source.path.resolve().name, read, classes)
+        read[split] = images, labels
+    if any(type(label) is str for _, labels in read.values() for label in labels):    # words, not numbers of classes
+        classes = tuple(sorted({str(label) for _, labels in read.values() for label in labels}))
+        numbers = {name: number for number, name in enumerate(classes)}
+        read = {split: (images, [numbers[str(label)] for label in labels]) for split, (images, labels) in read.items()}
+    return _image_set(source, source.path.resolve().name, {
+        split: (images, np.array(labels, np.int64)) for split, (images, labels) in read.items()}, classes)
 
 
 def _cell(content: object, where: str, source: Source) -> tuple[str, np.ndarray]:
@@ -370,12 +392,13 @@ def _cell(content: object, where: str, source: Source) -> tuple[str, np.ndarray]
 
 
 def _hub_classes(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """The class names that the Hub's `datasets` writes into a parquet file's schema, or none."""
+    """The class names that the Hub's `datasets` writes into a parquet file's schema, or none; `T - shirt / top`, which could be a path,
+    as `T - shirt - top`."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         return ()
-    return tuple(map(str, names)) if isinstance(names, list) else ()
+    return tuple(re.sub(r"[/\\]", "-", str(name)) for name in names) if isinstance(names, list) else ()
 
 
 def _read_arrays(source: Source) -> ImageSet:
@@ -411,6 +434,7 @@ def as_images(array: np.ndarray, where: str, way_out: str = SMALLER) -> np.ndarr
     if array.dtype != np.uint8:
         raise SourceError(f"{where}: is {array.dtype} {array.shape}, expected uint8 in [0, 255]: scale and round it first")
     if array.ndim == 2 and array.shape[1] == 3072:
+        _check_planes(array, where)
         array = array.reshape(-1, 3, 32, 32)
     if array.ndim == 3:
         array = array[..., None]
@@ -421,6 +445,19 @@ def as_images(array: np.ndarray, where: str, way_out: str = SMALLER) -> np.ndarr
     if array.shape[3] == 1:
         check_room(3 * array.nbytes, way_out)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
+
+
+def _check_planes(rows: np.ndarray, where: str) -> None:
+    """Refuse rows that hold a pixel's three values side by side. A picture is smooth: read in the wrong order, neighbours
+    differ far more than in the right one."""
+    if not len(rows):
+        return
+    sample = rows[:1000].astype(np.int16)
+    planes = np.abs(np.diff(sample.reshape(-1, 3, 32, 32), axis=3)).mean()
+    pixels = np.abs(np.diff(sample.reshape(-1, 32, 32, 3), axis=2)).mean()
+    if planes > 1.5 * pixels:
+        raise SourceError(f"{where}: its rows hold red, green and blue of each pixel side by side, expected all red values, then "
+                          "green, then blue: reshape them to (N, 32, 32, 3)")
 
 
 def _image_set(source: Source, name: str, read: dict, classes: tuple[str, ...]) -> ImageSet:

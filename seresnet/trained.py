@@ -43,16 +43,18 @@ class TrainedNet:
         self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, tta: str = "", batch_size: int = 1000) -> np.ndarray:
+    def probabilities(self, images: np.ndarray, tta: str = "", batch_size: int = 0) -> np.ndarray:
         """float32 (N, classes), each row a distribution, for uint8 RGB images (N, image_size, image_size, 3).
 
         tta: test-time augmentation, a key of tta.VIEWS; '' for what the net's own recipe ends with (its evaluate.tta and
-        evaluate.tta_sure), so that its reported accuracy holds. Raises ValueError for images of another shape or dtype, or a `tta`
+        evaluate.tta_sure), so that its reported accuracy holds. batch_size: images a forward pass, 0 for the recipe's
+        evaluate.batch_size. Raises ValueError for images of another shape or dtype, or a `tta`
         that there is not.
         """
         images, side = np.asarray(images), self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
             raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (N, {side}, {side}, 3)")
+        batch_size = batch_size or self.config["evaluate"]["batch_size"]
         sure = 1.0 if tta else self.config["evaluate"]["tta_sure"]
         tta = tta or self.tta
         if tta not in VIEWS:
@@ -66,7 +68,7 @@ class TrainedNet:
                 found.append(mean_view.exp().cpu().numpy())
         return np.concatenate(found)
 
-    def predict(self, images: np.ndarray, tta: str = "", batch_size: int = 1000) -> np.ndarray:
+    def predict(self, images: np.ndarray, tta: str = "", batch_size: int = 0) -> np.ndarray:
         """The most probable class of each image, int64 (N,): numbers into `classes`. Arguments as of `probabilities`."""
         return self.probabilities(images, tta, batch_size).argmax(1).astype(np.int64)
 

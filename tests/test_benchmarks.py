@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,16 +193,15 @@ def test_the_folder_of_a_training_at_work_is_left_alone(tmp_path):
     assert "--run.seed" in time_to_accuracy.arguments_of(config.build({}), 3, tmp_path / "seed-3") and not (tmp_path / "seed-3").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no sessions there: Ctrl-C reaches all that are in a console")
-@pytest.mark.parametrize("name, at_work", [("SIGINT", 1), ("SIGTERM", 1), ("SIGHUP", 1), ("SIGTERM", 2)])
-def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_save(tmp_path, name, at_work):
-    """Sent to the series alone, as by kill, or to its group, as by a terminal, each training gets it once; it saves at the end of its step,
-    which may take seconds. The third of the comparison, which had not begun, does not begin."""
+@pytest.mark.skipif(sys.platform == "win32", reason="signals from elsewhere kill there; Ctrl-C reaches all that are in a console")
+@pytest.mark.parametrize("name, at_work, group", [("SIGINT", 1, True), ("SIGTERM", 1, False), ("SIGHUP", 1, True), ("SIGTERM", 2, True)])
+def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_save(tmp_path, name, at_work, group):
+    """Sent to the series alone, as by kill, or to its group, as by a terminal, from which a training gets it twice; it saves at the end of
+    its step, which may take seconds. The third of the comparison, which had not begun, does not begin. Nobody need read what is said."""
     (tmp_path / "training.py").write_text(
-        "import pathlib, signal, sys, time\nown = pathlib.Path(sys.argv[1])\ngot = []\n"
-        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, lambda number, frame: got.append(number))\n"
-        "(own / 'begun').touch()\nwhile not got:\n    time.sleep(0.05)\n"
-        "time.sleep(1)\n(own / 'saved').write_text(str(len(got)))\nsys.exit(128 + got[0])\n")
+        "import pathlib, sys, time\nfrom seresnet import runtime\nown = pathlib.Path(sys.argv[1])\n"
+        "with runtime.StopRequest() as stop:\n    (own / 'begun').touch()\n    while not stop.signal:\n        time.sleep(0.05)\n"
+        "    time.sleep(1)\n    (own / 'saved').touch()\nsys.exit(128 + stop.signal)\n")
     folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
     for folder in folders:
         folder.mkdir()
@@ -215,12 +215,33 @@ def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_sav
         deadline = time.monotonic() + 60
         while sum((folder / "begun").exists() for folder in folders) < at_work and time.monotonic() < deadline:
             time.sleep(0.05)
-        (os.killpg if name == "SIGINT" else os.kill)(process.pid, number)
-        _, told = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and ": start this again, it goes on where it was" in told, told
-    saved = [(folder / "saved").read_text() for folder in folders if (folder / "begun").exists()]
-    assert saved == ["1"] * at_work, "a training was killed while it saved, or told twice, or begun after that"
-    assert "once more to leave at once" in told
+        told = ""
+        if name == "SIGHUP":
+            process.stderr.close()
+        (os.killpg if group else os.kill)(process.pid, number)
+        if name == "SIGHUP":
+            process.wait(timeout=30)
+        else:
+            _, told = process.communicate(timeout=30)
+            assert ": start this again, it goes on where it was" in told and "once more to leave at once" in told
+    assert process.returncode == 128 + number, told
+    begun, saved = ([(folder / what).exists() for folder in folders] for what in ("begun", "saved"))
+    assert sum(begun) == at_work and saved == begun, "a training was killed while it saved, or begun after that"
+
+
+def test_a_series_may_be_moved_and_called_from_elsewhere(series, tmp_path, monkeypatch, capsys):
+    arguments, out = series
+    shutil.copytree(out, tmp_path / "moved")
+    environment = next((tmp_path / "moved").glob("*/seed-100/environment.json"))
+    told = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**told, "machine": {**told["machine"], "gpu": "a GPU that was not used"}}))
+    for path in (tmp_path / "moved").glob("*/seed-*/report.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "run_device": "cpu"}))
+    monkeypatch.setattr(sys, "argv", [*(str(tmp_path / "moved") if word == str(out) else word for word in arguments),
+                                      "--report.curves", "false"])
+    monkeypatch.setattr(time_to_accuracy.Trainings, "run", lambda *_: pytest.fail("a run that has ended is trained again"))
+    time_to_accuracy.main()
+    assert "a GPU that was not used" not in capsys.readouterr().out
 
 
 def test_growth_is_the_exponent_and_what_is_steep_is_marked():

@@ -318,14 +318,14 @@ def test_mistakes_are_told_once(place, settings, changes, message):
 
 # -- on a cluster -------------------------------------------------------------------------------------------------------
 
-def body(place, tmp_path, name, settings, **variables):
+def body(place, tmp_path, name, settings, epochs=1, **variables):
     """examples/slurm/body.sh, started as srun would on a machine."""
     recipe = tmp_path / "stripes.yaml"
     recipe.write_text(json.dumps({key: value for key, value in settings.items() if not key.startswith("beton")}))
     variables = {"CONFIG": recipe, "TRAIN": place / "train.beton", "TEST": place / "test.beton", "PYTHON": sys.executable,
                  "TMPDIR": tmp_path, "OMP_NUM_THREADS": 1, **variables}
     with open(tmp_path / f"output-{name}", "w") as output:
-        return subprocess.Popen(["bash", "examples/slurm/body.sh", "--loop.epochs", "1", "--run.folder", tmp_path / "run"], cwd=ROOT,
+        return subprocess.Popen(["bash", "examples/slurm/body.sh", "--loop.epochs", str(epochs), "--run.folder", tmp_path / "run"], cwd=ROOT,
                                 env={**os.environ, **{k: str(v) for k, v in variables.items()}}, stdout=output, stderr=output)
 
 
@@ -350,6 +350,18 @@ def test_the_jobs_body_trains_across_two_launchers(place, tmp_path, settings):
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["run_processes"] == 2 and report["evaluated"] == TEST and "seresnet-77" in report["data"]["train"]
     assert sum(f"; {tmp_path / 'run'}" in text for text in outputs) == 1 and not list(tmp_path.glob("seresnet-*"))
+
+
+def test_the_jobs_body_hands_the_clusters_signal_on(place, tmp_path, settings):
+    """Slurm's cgroup tracker signals the script alone: the training saves, nothing is left running, nor the copy of the data."""
+    process = body(place, tmp_path, "alone", {**settings, **{name.replace("__", "."): value for name, value in LONG.items()}},
+                   PROCESSES=1, epochs=20)
+    until(process, (tmp_path / "run/weights.pt").exists)
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(60)
+    output = (tmp_path / "output-alone").read_text()
+    assert status != 0 and "go on with --run.resume" in output, (status, output)
+    assert (tmp_path / "run/last.pt").exists() and not (tmp_path / "run/report.json").exists() and not list(tmp_path.glob("seresnet-*"))
 
 
 def test_before_the_processes_have_met_the_first_of_a_machine_speaks():

@@ -42,6 +42,12 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
     found = {f.what: f for f in doctor.examine(tmp_path)}
     assert found["ffcv"].good is None and "libturbojpeg.so.0: cannot open" in found["ffcv"].detail and "rm -f .venv/ready && make setup" in found["ffcv"].mend
     assert found["numba"].good and doctor.why_not_imported("json") == ""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setattr(runtime, "is_installed", lambda name: name != "terminaltables")
+    found = {f.what: f for f in doctor.examine(tmp_path)}
+    assert found["torch"].good is False and "libcudart.so.13: cannot open" in found["torch"].detail and "GPU" not in found
+    assert found["terminaltables"].good is False, "fastargs imports it"
 
 
 def test_what_the_programs_import_may_be_missing(tmp_path):
@@ -72,6 +78,9 @@ def test_a_preview_shows_the_images_and_their_augmentation(run, tmp_path):
     shown, _ = preview.augmented(settings, 4, 2)
     for i in range(0, 12, 3):
         assert {True} == {any(np.array_equal(shown[i + a], view) for a in (1, 2)) for view in (shown[i], shown[i][:, ::-1])}
+    status, output, errors = run_module("preview", tmp_path, *keys, "--out", "p.png", "--images", "3", "--loop.epochs", "2",
+                                        "--augment.sides", "8,12,16")
+    assert status == 0 and "3 images, 2 epochs of each" in output, errors
     status, output, errors = run_module("preview", tmp_path, *keys, "--out", "p.png", "--images", "3")
     assert status == 0, errors
     with Image.open(tmp_path / "p.png") as image:

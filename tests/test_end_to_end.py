@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -198,6 +199,26 @@ def test_a_stopped_run_goes_on_from_its_folder_alone(digits, uninterrupted, numb
     assert {k: report[k] for k in same} == {k: uninterrupted[k] for k in same} and report["resumed"] == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)])
+def test_a_signal_is_noted_where_nobody_reads_any_more(number):
+    """`2>&1 | tee log` ends with Ctrl-C before we do; a terminal that was closed takes no line."""
+    code = ("import sys, time; from seresnet import runtime\n"
+            "def main():\n"
+            "    with runtime.StopRequest() as stop:\n"
+            "        print('ready', flush=True)\n"
+            "        while not stop.signal: time.sleep(0.01)\n"
+            "    open(sys.argv[1], 'w').close()\n"
+            "    raise runtime.Interrupted('saved', stop.signal)\n"
+            "runtime.run_program(main)")
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([sys.executable, "-c", code, f"{folder}/saved"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+        process.stdout.readline()
+        process.stderr.close()
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number and os.path.exists(f"{folder}/saved")
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     code = ("import time; from seresnet import runtime\n"
             "with runtime.StopRequest() as stop:\n"
@@ -208,6 +229,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline().startswith("stopping after this step; once more")
+    process.send_signal(signal.SIGTERM)    # the same request by another way
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=5)

@@ -120,8 +120,11 @@ def test_a_class_without_samples_has_no_recall():
 
 def test_the_program_tells_what_a_net_does(run, tmp_path):
     folder, test, outcome = run
+    (tmp_path / "shift.png").write_text("a user's own")
+    status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--out", ".")
+    assert status == 0 and (tmp_path / "shift.png").read_text() == "a user's own", errors
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--shift",
-                                        "--out", "told")
+                                        "--out", "told", "--batch-size", "7")
     assert status == 0, errors
     assert f"accuracy {outcome['accuracy_tta']:.2%}" in output and "emu, tall" in output and "| noise" in output
     told = json.loads((tmp_path / "told/evaluation.json").read_text())

@@ -437,6 +437,21 @@ def test_without_ffcv_the_same_batches_come_from_memory(tmp_path, make_split, re
     assert len(found) == 5 and all(torch.equal(a, b) for x, y in zip(expected, found) for a, b in zip(x, y))
 
 
+def test_an_ffcv_that_cannot_be_imported_is_as_none(tmp_path, make_split, monkeypatch):
+    """Installed, but a library of the system is missing."""
+    def broken():
+        raise ImportError("libopencv_core.so.406: cannot open shared object file")
+    monkeypatch.setattr("seresnet.runtime.import_ffcv", broken)
+    about = dict(classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
+    written = write_beton(tmp_path / "x.beton", make_split(100, 8), storage="jpeg", **about)
+    how = dict(batch_size=16, device=torch.device("cpu"))
+    with pytest.raises(LoaderError, match="without FFCV .ImportError: libopencv_core.so.406: cannot open.*seresnet.doctor"):
+        BatchLoader(written, mode="stream", **how)
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: 30_000)    # more than all, less than four times as much
+    with BatchLoader(written, **how) as loader:
+        assert loader.mode == "resident" and sum(len(batch.labels) for batch in loader.epoch(0)) == 100
+
+
 def test_without_ffcv_streaming_is_refused_with_the_way_out(tmp_path, make_split, without_ffcv, monkeypatch):
     written = write_beton(tmp_path / "x.beton", make_split(100, 8), classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
     how = dict(batch_size=16, device=torch.device("cpu"))

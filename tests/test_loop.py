@@ -611,11 +611,24 @@ def test_a_changed_config_is_refused_with_the_differences(betons, tmp_path, monk
     assert [line.split(": ", 2)[2] for line in caught.value.problems] == [
         "loader.batch_size: was 16, is 8: leave it as it was, or start a new run",
         "optim.lr: was 0.05, is 0.07: leave it as it was, or start a new run"]
-    write_beton(tmp_path / "other.beton", stripes(61, 5), classes=CLASSES, name="stripes", source="test", fingerprint="y")
+    write_beton(tmp_path / "other.beton", stripes(61, 5), classes=CLASSES, name="stripes", source="elsewhere", fingerprint="y")
     other = {**betons, "beton.test": str(tmp_path / "other.beton")}
     with pytest.raises(UserError, match="other.beton holds other bytes than before"):
         train(other, tmp_path, run__resume=str(folder))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("about, message", [
+    (dict(classes=(*CLASSES[:2], "other")), "have other classes .'bottom' and 'other'"),
+    (dict(fingerprint="y/raw/test"), "images to train on may be among those to test on: write both again")])
+def test_betons_that_are_no_two_splits_of_one_set_are_refused(betons, tmp_path, about, message):
+    how = dict(classes=CLASSES, name="stripes", source="test", fingerprint="x/raw/test")
+    write_beton(tmp_path / "other.beton", stripes(61, 5), **{**how, **about})
+    with pytest.raises(UserError, match=message):
+        train({**betons, "beton.test": str(tmp_path / "other.beton")}, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    write_beton(tmp_path / "other.beton", stripes(61, 5), **{**how, "source": "elsewhere", "fingerprint": "y/raw/test"})
+    train({**betons, "beton.test": str(tmp_path / "other.beton")}, tmp_path / "runs")    # another test set of the same classes
 
 
 def test_a_run_goes_on_without_the_graphs_that_it_had_no_memory_for(betons, tmp_path, monkeypatch):

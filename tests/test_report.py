@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from seresnet import pictures, report
+from seresnet import pictures, report, runtime
 from seresnet.runtime import NonFiniteLoss, UserError
 from test_loop import betons, train    # noqa: F401 the first is a fixture
 
@@ -62,6 +62,21 @@ def test_the_folder_holds_what_it_was_given(tmp_path):
     assert json.loads(text) == {**OUTCOME, "bad": None, "worse": [None]}
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "curves.png", "environment.json", "log.jsonl",
                                                              "report.json"]
+
+
+def test_what_is_drawn_on_a_screen_or_a_picture_may_be_missing(tmp_path, monkeypatch, capsys):
+    installed = runtime.is_installed
+    monkeypatch.setattr(runtime, "is_installed", lambda name: name not in ("matplotlib", "tqdm") and installed(name))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    folder = report.create_run_folder(tmp_path, "digits")
+    for record in report.progress(RECORDS, len(RECORDS), "x"):
+        folder.log(record)
+    with report.CountBar(3, "x", "") as bar:
+        bar(2)
+    folder.write_report(OUTCOME, curves=True)
+    assert (folder.path / "report.json").exists() and not (folder.path / "curves.png").exists()
+    assert "curves.png is not drawn: matplotlib is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("epochs", [1, 7])

@@ -39,7 +39,7 @@ def cifar(tmp_path_factory):
 @pytest.fixture
 def counts_as_cifar(cifar, monkeypatch):
     """Let the stand-in's own channel statistics pass as CIFAR-10's."""
-    figures = {name: imageset.channel_statistics(cifar[0][part])
+    figures = {name: imageset.channel_statistics([cifar[0][part]])
                for name, part in (("train", slice(0, 50000)), ("test", slice(50000, 60000)))}
     for name in official.SETS:
         monkeypatch.setitem(official.SETS, name, dataclasses.replace(
@@ -104,13 +104,13 @@ def test_python_3_pickles_read_too(cifar, tmp_path, counts_as_cifar):
 def test_real_cifar10_meets_its_published_figures(cifar10_dir):
     read = find_source(cifar10_dir).read()
     assert read.train.images.shape == (50000, 32, 32, 3) and read.test.images.shape == (10000, 32, 32, 3)
-    mean, std = imageset.channel_statistics(read.train.images)
+    mean, std = imageset.channel_statistics([read.train.images])
     assert np.allclose(mean, (125.31, 122.95, 113.87), atol=0.01) and np.allclose(std, (62.99, 62.09, 66.70), atol=0.01)
 
 
 def test_statistics_are_those_of_numpy():
     images = np.random.default_rng(0).integers(0, 256, (5000, 4, 5, 3), dtype=np.uint8)
-    mean, std = imageset.channel_statistics(images)
+    mean, std = imageset.channel_statistics([images[:9], images[9:4500], images[4500:]])
     assert np.allclose(mean, images.astype(float).mean((0, 1, 2)), atol=1e-9)
     assert np.allclose(std, images.astype(float).std((0, 1, 2)), atol=1e-9)
 
@@ -411,6 +411,12 @@ def test_a_class_may_be_called_train(tmp_path):
     (tmp_path / "test").mkdir()    # as Kaggle's, without the labels: no classes
     with pytest.raises(sources.MissingError):
         find_source(tmp_path)
+    write_tree(tmp_path, ".", ("test1",), 4)    # as those of Dogs vs. Cats: two splits without classes, no two classes
+    with pytest.raises(sources.MissingError):
+        find_source(tmp_path)
+    (tmp_path / "test").rmdir()
+    write_tree(tmp_path, ".", ("valley",), 4)
+    assert find_source(tmp_path).read().classes == ("test1", "train", "valley")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
@@ -543,6 +549,13 @@ def test_cifar100_reads_in_every_layout(cifar100, counts_as_cifar, place, kind, 
     read = source.read()
     assert source.kind == kind and read.name == "cifar100" and len(read.classes) == count
     assert np.array_equal(read.test.images, images[50000:]) and np.array_equal(read.train.labels, numbers[labels][:50000])
+
+
+def test_cifar10_in_any_layout_comes_before_cifar100(layouts, cifar100, tmp_path):
+    """As in a folder of torchvision's downloads, of which one is unpacked."""
+    (tmp_path / "cifar-10-python.tar.gz").symlink_to(layouts / "tar/cifar-10-python.tar.gz")
+    (tmp_path / "cifar-100-python").symlink_to(cifar100[0] / "py/cifar-100-python")
+    assert find_source(tmp_path).kind == "archive" and find_source(tmp_path, "pickle").path.name == "cifar-100-python"
 
 
 def test_cifar100s_names_are_in_the_official_order():
@@ -680,6 +693,46 @@ def test_a_validation_split_in_several_files_is_whole(tmp_path):
     assert np.array_equal(find_source(tmp_path).read().test.images, np.concatenate(parts))
     test = write_parquet(tmp_path / "test-00000-of-00001.parquet", 3, seed=9)
     assert np.array_equal(find_source(tmp_path).read().test.images, test)
+
+
+def test_parquet_labels_may_be_words_and_names_may_look_like_paths(tmp_path):
+    write_parquet(tmp_path / "words/train-0.parquet", 6, labels=["emu", "cat", "emu", "dog", "cat", "dog"])
+    write_parquet(tmp_path / "words/test-0.parquet", 3, labels=["dog", "emu", "cat"])
+    read = find_source(tmp_path / "words").read()
+    assert read.classes == ("cat", "dog", "emu") and read.train.labels.tolist() == [2, 0, 2, 1, 0, 1] and read.test.labels.tolist() == [1, 2, 0]
+    write_parquet(tmp_path / "fashion/train-0.parquet", 30, ["T - shirt / top", "Bag", "a\\b"])
+    assert find_source(tmp_path / "fashion").read().classes == ("T - shirt - top", "Bag", "a-b")
+
+
+def test_of_several_sets_in_a_folder_one_has_to_be_named(tmp_path):
+    for name in ("mnist", "svhn"):
+        write_parquet(tmp_path / "hub" / name / "train-0.parquet", 30)
+        (tmp_path / "npz").mkdir(exist_ok=True)
+        np.savez(tmp_path / f"npz/{name}.npz", x=np.zeros((9, 4, 4, 3), np.uint8), y=np.arange(9) % 3)
+    for place, names in (("hub", "mnist, svhn"), ("npz", "mnist.npz, svhn.npz")):
+        with pytest.raises(SourceError, match=f"holds several data sets: {names}: name one of them"):
+            find_source(tmp_path / place)
+    assert len(find_source(tmp_path / "hub/svhn").read().train.labels) == 24
+    assert find_source(tmp_path / "npz/svhn.npz").read().name == "svhn"
+
+
+def test_rows_of_whole_pixels_are_not_taken_for_planes(tmp_path):
+    """Keras' or torchvision's images, flattened for scikit-learn."""
+    smooth = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None] * 7, (30, 32, 32))
+    images = np.stack([smooth, 255 - smooth, smooth // 2], axis=3)
+    np.savez(tmp_path / "flat.npz", x=images.reshape(30, -1), y=np.arange(30) % 3)
+    with pytest.raises(SourceError, match="flat.npz: x: its rows hold red, green and blue of each pixel side by side"):
+        find_source(tmp_path / "flat.npz").read()
+    np.savez(tmp_path / "flat.npz", x=images.transpose(0, 3, 1, 2).reshape(30, -1), y=np.arange(30) % 3)
+    assert np.array_equal(find_source(tmp_path / "flat.npz").read().train.images[0], images[0])
+
+
+def test_images_that_are_made_larger_have_to_fit_into_memory(tmp_path, monkeypatch):
+    np.savez(tmp_path / "small.npz", x=np.zeros((30, 8, 8, 3), np.uint8), y=np.arange(30) % 3)
+    monkeypatch.setattr("seresnet.runtime.free_memory_of_machine", lambda: 1 << 20)
+    assert find_source(tmp_path / "small.npz", image_size=16).read().train.images.shape == (24, 16, 16, 3)
+    with pytest.raises(SourceError, match="take 13 MiB of memory, 1 MiB are free: make them smaller with --sources.image_size"):
+        find_source(tmp_path / "small.npz", image_size=448).read()
 
 
 def test_parquet_files_without_names_or_test_split(tmp_path):

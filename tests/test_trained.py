@@ -39,6 +39,10 @@ def test_a_loaded_net_says_what_the_training_said(run):
     probabilities = net.probabilities(test.images, batch_size=7)
     assert probabilities.shape == (60, 3) and probabilities.dtype == np.float32 and np.allclose(probabilities.sum(1), 1, atol=1e-5)
     assert np.allclose(probabilities, net.probabilities(test.images, batch_size=60), atol=2e-2)
+    net.config["evaluate"]["batch_size"], seen = 7, []
+    hook = net.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert np.array_equal(probabilities, net.probabilities(test.images)) and max(seen) == 7, "the recipe's batches fit into its memory"
+    hook.remove()
     assert net.predict(test.images[:0]).shape == (0,)
     best = seresnet.load(folder / "best.pt", "cpu", "fp32")
     assert best.dtype == torch.float32 and best.epochs_done == report["best_epoch"]
@@ -240,7 +244,7 @@ def test_predictions_to_hand_in(run, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (("--images", "nowhere"), "does not exist"), (("--out", os.devnull), "is no regular file"), (("--device", "gpu"), "expected auto"),
     (("--checkpoint", "nowhere"), "cannot be read"),
-    (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "0"), "got 0"),
+    (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "-1"), "got -1"),
     (("--header", "label"), "expected two names"), (("--header", "id,"), "expected two names")])
 def test_mistakes_end_in_one_message_and_nothing_written(run, tmp_path, change, message):
     np.save(tmp_path / "x.npy", run[1].images)

@@ -6,9 +6,6 @@ set -euo pipefail
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/seresnet-${SLURM_JOB_ID:-$$}-${SLURM_NODEID:-0}
 
-# Slurm signals this shell as well as what it started. A trap that does nothing lets it wait for them; ignoring the signal
-# would be handed on to them.
-trap : TERM INT
 trap 'rm -rf "$local"' EXIT
 mkdir -p "$local"
 for beton in "$TRAIN" "$TEST"; do
@@ -20,8 +17,17 @@ if [ "${SLURM_NNODES:-1}" = 1 ]; then
 else
     meet=(--nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER:$PORT")
 fi
-status=0
+# Slurm may signal this shell alone (its cgroup tracker spares what others have started), so it hands the signal on, and waits until
+# the training has saved. A signal that comes by both ways is one request to the training.
 $PYTHON -m torch.distributed.run "${meet[@]}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-2}" \
     ffcv_train.py --config-file "$CONFIG" --beton.train "$local/$(basename "$TRAIN")" --beton.test "$local/$(basename "$TEST")" \
-    --run.resume auto "$@" || status=$?
+    --run.resume auto "$@" &
+launcher=$!
+trap 'kill -TERM $launcher 2>/dev/null || :' TERM INT    # INT a shell's background job ignores
+status=0
+wait $launcher || status=$?
+while kill -0 $launcher 2>/dev/null; do    # a trap has ended the waiting, not the training
+    status=0
+    wait $launcher || status=$?
+done
 exit $status
