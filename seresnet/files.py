@@ -7,7 +7,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some kilobytes may claim any number
+PHOTOGRAPH = 16 << 10    # bytes of a file from which on its decoding is worth a thread
 OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
 SMALLER = "make them smaller with --sources.image_size"
@@ -56,11 +58,15 @@ def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str =
     the shorter one, of which the middle is then cut out; both interpolate bicubically over the pixels that fall together.
     upright: turn it as EXIF says that the camera was held. Raises SourceError naming the file, or `where` it came from.
     """
+    from PIL import Image
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # our own limit is lower than Pillow's
+        return _decoded(file, where or str(file), size, fit, upright)
+
+
+def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bool) -> np.ndarray:
     from PIL import Image, ImageOps
-    where = where or str(file)
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), \
-                Image.open(file, formats=("PNG", "JPEG")) as image:    # our own limit is lower than Pillow's
+        with Image.open(file, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > LARGEST_IMAGE:    # decided from the header, before anything is decoded
                 raise SourceError(f"{where}: is {image.width} x {image.height} pixels, expected {LARGEST_IMAGE:,} in all at "
                                   "most: make it smaller, or remove it")
@@ -80,6 +86,27 @@ def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str =
     except Exception as error:    # Pillow raises a dozen kinds for damaged files
         reason = getattr(error, "strerror", None) or "is no readable PNG or JPEG"
         raise SourceError(f"{where}: {reason}: replace or remove it") from error
+
+
+def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") -> Iterator[np.ndarray]:
+    """read_image of each, in their order, photographs on all cores: Pillow lets go of Python while it decodes and resizes, which of
+    small pictures are shorter than handing one to a thread."""
+    from PIL import Image
+    cores = runtime.available_cores()
+    with ThreadPoolExecutor(cores) as pool:
+        for start in range(0, len(files), 8 * cores):    # no more of them are held at once
+            part = files[start:start + 8 * cores]
+            read = pool.map if sum(map(_bytes_of, part)) > len(part) * PHOTOGRAPH else map
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # of all threads
+                images = list(read(lambda file: _decoded(file, str(file), size, fit, True), part))
+            yield from images
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:    # whoever reads it says so
+        return 0
 
 
 def _turned(image: Image.Image) -> Image.Image:

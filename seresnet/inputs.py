@@ -9,7 +9,7 @@ import numpy as np
 
 from seresnet.beton import open_beton, read_images
 from seresnet.files import (IMAGE_SUFFIXES, SourceError, as_text, check_room, fit_images, is_image, left_out, load_pickle,
-                            read_arrays, read_image)
+                            read_arrays, read_image, read_image_files)
 from seresnet.sources import as_images
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
@@ -74,8 +74,8 @@ def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
     names.sort(key=lambda name: (str(name.parent), len(name.stem) if name.stem.isdigit() else 0, str(name)))
     check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
-    for i, name in enumerate(names):
-        images[i] = _expected(read_image(path / name, size=size, fit=fit)[None], side, str(path / name))[0]
+    for i, image in enumerate(read_image_files([path / name for name in names], size, fit)):
+        images[i] = _expected(image[None], side, str(path / names[i]))[0]
     return Unlabelled([name.with_suffix("").as_posix() for name in names], images, left_out(path, (path / name for name in names)))
 
 

@@ -214,7 +214,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     """Run an entry point and turn its end into an exit status.
 
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
-    130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
+    129, 130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
     for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
         if hasattr(stream, "reconfigure"):

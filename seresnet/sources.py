@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays, read_image
+from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays,
+                            read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
@@ -254,7 +255,7 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
-    return _stack(len(files), ((str(file), read_image(file, size=source.image_size, fit=source.fit)) for file in files))
+    return _stack(len(files), zip(map(str, files), read_image_files(files, source.image_size, source.fit)))
 
 
 def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:

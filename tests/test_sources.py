@@ -586,6 +586,19 @@ def test_a_folder_without_a_test_split_gets_the_same_one_each_time(tmp_path):
     assert np.bincount(find_source(tmp_path / "copy", test_share=0.5).read().test.labels).tolist() == [10, 10]
 
 
+@pytest.mark.parametrize("photograph", [-1, 1 << 30])
+def test_files_come_in_their_order_one_by_one_or_from_several_threads(tmp_path, monkeypatch, photograph):
+    monkeypatch.setattr(files, "PHOTOGRAPH", photograph)
+    write_tree(tmp_path, "pets", ("cat",), 70, size=(9, 7))
+    paths = sorted((tmp_path / "pets/cat").iterdir())
+    found = list(files.read_image_files(paths, 5, "crop"))
+    assert len(found) == 70 and all(np.array_equal(image, files.read_image(path, size=5, fit="crop")) for image, path in zip(found, paths))
+    paths[50].write_bytes(b"no picture")
+    paths[60].unlink()
+    with pytest.raises(SourceError, match=f"{paths[50].name}: is no readable PNG or JPEG"):
+        list(files.read_image_files(paths))
+
+
 def test_the_choice_of_a_test_split_hardly_changes_when_images_are_added():
     names = [f"{i}.png" for i in range(1000)]
     before = sources.choose_test(np.zeros(1000, np.int64), names, 0.2)
