@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -32,6 +32,8 @@ from seresnet.synced import expect, synchronise
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
+# How a result is come by, not what it is: may change when a run goes on, which may have lacked the memory.
+WITHOUT_RESULT = {"evaluate.batch_size", "loader.mode", "loader.workers", "loader.batches_ahead", "run.tune_allocator"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
@@ -229,7 +231,7 @@ class Session:
         return learning_rate_factor(
             step, schedule=optim.schedule, total_steps=self.first_step(self.config.loop.epochs),
             warmup_steps=self.first_step(optim.warmup_epochs), start=optim.start, final=optim.final,
-            milestones=[self.first_step(epoch) for epoch in optim.milestones], gamma=optim.gamma)
+            milestones=[self.first_step(epoch) for epoch in optim.milestones if optim.schedule == "step"], gamma=optim.gamma)
 
     def parts(self, epoch: int, batches_done: int = 0) -> dict:
         """The arguments of train_epoch for `epoch` (from 0), of which `batches_done` were trained on before.
@@ -373,7 +375,8 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 if state is None and ranks.main:
                     folder = report.open_run_folder(begun) if begun else report.create_run_folder(
                         config.report.folder, config.recipe, config.run.folder)
-                    folder.write_start(config.as_dict(), environment)
+                    itself = replace(config, run=replace(config.run, folder="", resume=""))    # given again, it is a new run
+                    folder.write_start(itself.as_dict(), environment)
                 elif state is not None:
                     checkpoint.restore_training_state(state["training"], model, session.optimizer, session.scaler,
                                                       session.generator, session.average)
@@ -400,6 +403,8 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 report.print_summary(config.as_dict(), facts(session), path)
                 if state and state.get("processes", 1) != of.world:
                     report.say(changed_processes(session, state.get("processes", 1)))
+                if state and state.get("precision", str(session.dtype)) != str(session.dtype):
+                    report.say(f"trained in {state['precision']} so far, in {session.dtype} from here on: sums are rounded otherwise")
                 return run_epochs(session, folder, state)
 
 
@@ -437,7 +442,7 @@ def is_of(path: Path, config: Config) -> bool:
     """Whether the run in the folder `path` has this config, as far as can be told before the data are opened: a job may train
     one recipe with several seeds."""
     try:
-        return not changes_with_effect(read_file(str(path / "config.yaml")), config)
+        return not other_results(read_file(str(path / "config.yaml")), config)
     except runtime.UserError:
         return False
 
@@ -484,7 +489,9 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         except runtime.UserError:
             folder.close()
             raise
-    for path in report.unfinished_run_folders(config.report.folder, config.recipe, config.run.folder):
+    for path in report.unfinished_run_folders(config.report.folder, config.run.folder):
+        if not is_of(path, config):
+            continue
         try:
             folder = report.open_run_folder(path)
         except runtime.UserError:    # another process is at work there: this is not the run to go on with
@@ -493,6 +500,7 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         if not differences(state, config, data):
             return folder, state
         folder.close()
+    report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: this one begins anew")
     return None, None
 
 
@@ -505,9 +513,14 @@ def load_state(path: Path, config: Config, data: Data) -> dict:
     return state
 
 
+def other_results(before: Mapping, now: Config) -> list[tuple[str, object, object]]:
+    """The changes of a config with which a run would come to other weights, or another figure."""
+    return [change for change in changes_with_effect(before, now) if change[0] not in WITHOUT_RESULT]
+
+
 def differences(state: dict, config: Config, data: Data) -> list[str]:
     """What of config and data is not as it was when `state` was saved, a line each; keys without effect do not count."""
-    found = [f"{name}: was {before}, is {value}" for name, before, value in changes_with_effect(state["config"], config)
+    found = [f"{name}: was {before}, is {value}" for name, before, value in other_results(state["config"], config)
              if not name.startswith("beton.")]
     for split, beton in (("train", data.train), ("test", data.test)):
         if state["data"][split] != beton.sha256:
@@ -570,7 +583,8 @@ class Keeper:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the present epoch so far, a lane, those before an interruption included."""
-        return {lane: value - self._booked.get(lane, 0.0) for lane, value in self._clock.split().items()}
+        split = self._clock.split()    # which lacks lanes that this process has not been in yet
+        return {lane: split.get(lane, 0.0) - self._booked.get(lane, 0.0) for lane in {**self._booked, **split}}
 
     def total_seconds(self) -> float:
         """Seconds of this process and of those that trained this run before."""
@@ -608,7 +622,7 @@ class Keeper:
                 "difficulty": session.difficulty.state() if session.difficulty else None,
                 "records": self._folder.records, "seconds": self.seconds(), "startup_seconds": self.startup_seconds,
                 "total_seconds": self.total_seconds(), "resumed": self.resumed, "config": session.config.as_dict(),
-                "recipe": session.config.recipe, "processes": session.ranks.world,
+                "recipe": session.config.recipe, "processes": session.ranks.world, "precision": str(session.dtype),
                 "data": {"train": session.data.train.sha256, "test": session.data.test.sha256}})
 
 
@@ -640,7 +654,12 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
             stop_unless_finite(session, totals, epoch, folder)
             with clock.lane("eval"):
                 due = last or (config.evaluate.every and (epoch + 1) % config.evaluate.every == 0)
-                result = session.evaluate(config.evaluate.tta if last else "none", keeper.watch) if due else None
+                try:
+                    result = session.evaluate(config.evaluate.tta if last else "none", keeper.watch) if due else None
+                except (MemoryError, RuntimeError):    # with smaller batches it may go on from here, all steps done
+                    if ranks.world == 1:
+                        keeper.save()
+                    raise
             with ranks.together():
                 folder.log(record(session, epoch, totals, result, keeper.seconds()))
             keeper.finish_epoch(result)

@@ -49,7 +49,7 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
                     se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85, fused: bool = True) -> torch.optim.Optimizer:
     """SGD (with momentum, Nesterov's form by choice), AdamW or Muon over groups by kind.
 
-    lr: peak learning rate of the weights; the head, norm biases and SE take it times their scale. decay: `weights` decays
+    lr: peak learning rate of the weights; the head's weights, norm biases and SE take it times their scale. decay: `weights` decays
     weights and SE's maps, and leaves scales and biases free, `all` decays every parameter (as torch does by default).
     Decay is torch's: added to the gradient in SGD, decoupled in AdamW (Loshchilov and Hutter, arXiv 1711.05101).
     decay_per: `rate` multiplies it by the group's learning rate, as torch does; `schedule` by the schedule's factor alone

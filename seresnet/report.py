@@ -207,7 +207,12 @@ def create_run_folder(base: Path | str, recipe: str, explicit: Path | str = "") 
         if explicit:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
-                raise UserError(f"run.folder: {path} is not empty: choose another, or remove it")
+                way_out = "or remove it"
+                if (path / "report.json").exists():
+                    way_out = "a trained net is in this one"
+                elif (path / "last.pt").exists():
+                    way_out = f"or go on with what was begun there: --run.resume {path}"
+                raise UserError(f"run.folder: {path} is not empty: choose another, {way_out}")
             (path / "log.jsonl").touch(exist_ok=False)    # two runs that start together: one of them gets here first
             return open_run_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,10 +248,10 @@ def open_run_folder(path: Path) -> RunFolder:
     return RunFolder(path, log_file)
 
 
-def unfinished_run_folders(base: Path | str, recipe: str, explicit: Path | str = "") -> list[Path]:
-    """Folders of `recipe` under `base` (or the `explicit` one) with a checkpoint and without a report, newest first."""
+def unfinished_run_folders(base: Path | str, explicit: Path | str = "") -> list[Path]:
+    """Folders under `base` (or the `explicit` one) with a checkpoint and without a report, newest first."""
     try:
-        found = [Path(explicit)] if explicit else list(Path(base).glob(f"{glob.escape(recipe)}-*"))
+        found = [Path(explicit)] if explicit else list(Path(base).iterdir())
         found = [path for path in found if (path / "last.pt").exists() and not (path / "report.json").exists()]
         return sorted(found, key=lambda path: (path / "last.pt").stat().st_mtime, reverse=True)
     except OSError:

@@ -600,7 +600,7 @@ def is_installed(package: str) -> bool:
 
 
 def pick_device(name: str, of: Launch = Launch()) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; `auto` takes the best that is there.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; `auto` takes a CUDA device where there is one, else the CPU.
 
     The CUDA device is made the current one: FFCV and torch's streams follow the current device. Of several processes on a
     machine each takes the device of its local rank. Raises UserError where the named device is not there.

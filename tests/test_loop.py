@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seresnet import checkpoint, loop, report, trained
+from seresnet import checkpoint, config, loop, report, trained
 from seresnet.augment import PADDINGS
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
@@ -678,6 +678,75 @@ def test_auto_goes_on_with_the_newest_unfinished_run_of_this_config(betons, tmp_
     with report.open_run_folder(other_seed).log_file:    # a process is at work there
         train(betons, tmp_path, run__resume="auto", run__seed=2)
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_auto_knows_a_run_by_its_config_not_by_its_name(betons, tmp_path, monkeypatch, capsys):
+    """Of a folder of the user's, or of a recipe whose file is called otherwise since."""
+    folder = stopped_run(betons, tmp_path, monkeypatch, run__folder=str(tmp_path / "mine"))
+    settings = {**SMALL, **betons, "report.folder": str(tmp_path), "run.resume": "auto"}
+    loop.fit(build(settings, recipe="config"), ["test"])
+    assert folder == tmp_path / "mine" and json.loads((folder / "report.json").read_text())["recipe"] == "stripes"
+    assert "begins anew" not in capsys.readouterr().out
+    loop.fit(build(settings, recipe="config"), ["test"])
+    assert f"no unfinished run of this config in {tmp_path}" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_folders_config_is_that_of_a_new_run(betons, tmp_path):
+    train(betons, tmp_path, run__folder=str(tmp_path / "a"), loop__epochs=1)
+    again = config.read_file(str(tmp_path / "a/config.yaml"))
+    assert again["run.folder"] == "" and again["run.resume"] == ""
+    for name, message in (("report.json", "a trained net is in this one"), ("last.pt", "--run.resume"), ("weights.pt", "or remove it")):
+        with pytest.raises(UserError, match=f"is not empty: choose another, .*{message}"):
+            train(betons, tmp_path, run__folder=str(tmp_path / "a"))
+        (tmp_path / "a" / name).unlink()
+
+
+def test_a_run_without_memory_to_evaluate_goes_on_with_smaller_batches(betons, tmp_path, monkeypatch):
+    settings = dict(evaluate__every=0, run__precision="fp32")
+    whole = train(betons, tmp_path / "whole", **settings)
+
+    def exhausted():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+    restore = fail_at(monkeypatch, "evaluate", 1, exhausted)
+    with pytest.raises(UserError, match="evaluate.batch_size"):
+        train(betons, tmp_path / "stopped", **settings)
+    restore()
+    folder = folder_of(tmp_path / "stopped")
+    saved = checkpoint.load(folder / "last.pt")
+    assert (saved["epoch"], saved["batches_done"]) == (2, 9), "the last epoch would be trained again"
+    monkeypatch.setattr(loop, "smoothed_cross_entropy", lambda *_, **__: pytest.fail("it is trained again"))
+    resumed = train(betons, tmp_path, run__resume=str(folder), evaluate__batch_size=7, loader__mode="stream", **settings)
+    assert resumed["correct"] == whole["correct"] and weights_hash(folder) == weights_hash(folder_of(tmp_path / "whole"))
+    assert resumed["run_loader"] == "stream"
+
+
+def test_seconds_outlive_a_process_that_is_killed_as_soon_as_it_goes_on(betons, tmp_path, monkeypatch):
+    restore = fail_at(monkeypatch, "smoothed_cross_entropy", 13, terminate)
+    with pytest.raises(Interrupted):
+        train(betons, tmp_path)
+    restore()
+    folder = folder_of(tmp_path)
+    state = checkpoint.load(folder / "last.pt")
+    state["seconds"]["train"] += 1000.0    # which no machine needs for this
+    checkpoint.save(folder / "last.pt", state)
+    restore = fail_at(monkeypatch, "smoothed_cross_entropy", 1, crash)
+    with pytest.raises(Crash):
+        train(betons, tmp_path, run__resume=str(folder))
+    restore()
+    assert train(betons, tmp_path, run__resume=str(folder))["train_seconds"] > 1000
+
+
+def test_another_number_format_is_said(betons, tmp_path, monkeypatch, capsys):
+    folder = stopped_run(betons, tmp_path, monkeypatch)
+    state = checkpoint.load(folder / "last.pt")
+    before = {"torch.float32": "torch.bfloat16"}.get(state["precision"], "torch.float32")
+    checkpoint.save(folder / "last.pt", {**state, "precision": before})    # as from another machine
+    train(betons, tmp_path, run__resume=str(folder))
+    assert f"trained in {before} so far, in {state['precision']} from here on" in capsys.readouterr().out
+
+
+def test_milestones_of_another_schedule_do_not_matter(betons, tmp_path):
+    train(betons, tmp_path, optim__milestones=[100, 150], optim__schedule="onecycle", loop__hardest=[1, 0.5], loop__epochs=2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
