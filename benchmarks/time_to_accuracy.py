@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks import keep, problems_with
-from seresnet import config, report, runtime
+from seresnet import beton, config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
@@ -146,8 +146,8 @@ def read_report(folder: Path) -> dict:
     others."""
     outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    machine = environment["machine"]
-    processor = machine["gpu"] if outcome["run_device"].startswith("cuda") else machine["processor"]
+    machine = [environment, *environment.get("resumed", [])][-1].get("machine", environment["machine"])    # that of its end
+    processor = machine.get("gpu", "a GPU") if outcome["run_device"].startswith("cuda") else machine["processor"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
     return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
             "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
@@ -157,12 +157,29 @@ def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
     """Raise UserError where the run in `folder` is not one of these settings and this seed."""
     wanted = dataclasses.replace(settings, run=dataclasses.replace(settings.run, seed=seed))
     try:
-        found = config.changes_with_effect(config.read_file(str(folder / "config.yaml")), wanted)
+        found = [change for change in config.changes(config.read_file(str(folder / "config.yaml")), wanted) if _counts(*change)]
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
     if found:
         raise runtime.UserError(*(f"{folder}: {name}: {there} there, {here} here: choose another --out, or remove it"
                                   for name, there, here in found))
+
+
+def _counts(name: str, there: object, here: object) -> bool:
+    """Whether runs that differ in this are not of one series: in all but where things lie, and how a run is reported."""
+    if name in ("beton.train", "beton.test"):
+        return not _same_beton(Path(str(there)), Path(str(here)))
+    return name not in ("run.folder", "run.resume") and name.partition(".")[0] not in ("sources", "beton", "report")
+
+
+def _same_beton(there: Path, here: Path) -> bool:
+    """Whether two paths are one, or hold the same bytes by their sidecars; of one that is gone, a copy has its name at least."""
+    if there.absolute() == here.absolute():
+        return True
+    try:
+        return beton.open_beton(there).sha256 == beton.open_beton(here).sha256
+    except runtime.UserError:
+        return there.name == here.name and not (there.exists() and here.exists())
 
 
 def names_seed(argv: Sequence[str]) -> bool:

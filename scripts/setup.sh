@@ -60,6 +60,8 @@ fi
 extras=test,ffcv
 [ "$ffcv" != no ] || extras=test
 echo "installing Python packages into .venv (a minute or two, more where torch's CUDA build is fetched)"
+choices=$(printf 'PYTHON=%s\nPIP_ARGS=%s\nFFCV=%s' "$python" "$pip_args" "$ffcv")
 "$python" -m venv --clear .venv
+printf '%s\n' "$choices" >.venv/ready    # not the whole of it: where pip fails, the next call starts again, with the same choices
 .venv/bin/python -m pip install --quiet --disable-pip-version-check $pip_args --editable ".[$extras]"
 printf '%s\n' "$state" >.venv/ready

@@ -47,14 +47,14 @@ def examine(data: Path) -> Iterator[Finding]:
         there = runtime.is_installed(name)
         broken[name] = why_not_imported(name) if there and name == "torch" else ""    # it wants libraries of CUDA, or of the system
         if broken[name]:
-            yield Finding(name, False, f"cannot be imported ({broken[name]})", f"pip install --force-reinstall {name}")
+            yield Finding(name, False, f"cannot be imported ({broken[name]})", "make setup, or install it again as README, \"Install\"")
         else:
             yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
         broken[name] = why_not_imported(name) if there and name == "ffcv" else ""
         if broken[name]:
-            yield Finding(name, None, f"cannot be imported ({broken[name]}); for {use}", "rm -f .venv/ready && make setup")
+            yield Finding(name, None, f"cannot be imported ({broken[name]}); for {use}", "echo again >>.venv/ready && make setup")
         elif there:
             yield Finding(name, True, versions.get(name, "installed"))
         else:

@@ -122,6 +122,15 @@ def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarra
                    for severity in shift.SEVERITIES] for name in shift.CORRUPTIONS}
 
 
+def _files_of(evaluation: Path) -> set[str]:
+    """The pictures that an earlier evaluation made, of those that are not always made, by its own account."""
+    try:
+        content = json.loads(evaluation.read_text(encoding="utf-8"))
+        return {file for file, made in (("shift.png", "shift" in content), ("mistakes.png", content.get("mistakes", 0) > 0)) if made}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return set()
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m seresnet.evaluate", description="What a trained net does well and badly.")
@@ -139,8 +148,8 @@ def main() -> None:
     net = trained.load(options.checkpoint, options.device)
     images, labels, text = read_labelled(options.data, net, options.split)
     folder = Path(options.out) if options.out else net.path.parent / "evaluation"
-    again = (folder / "evaluation.json").exists()
     report.create_folder(folder)
+    earlier = _files_of(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size)
@@ -154,7 +163,8 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
+    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds,
+               "mistakes": int((probabilities.argmax(1) != labels).sum()), **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
     if options.shift:
         outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)
@@ -177,7 +187,7 @@ def main() -> None:
                             columns=8)
     written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": options.shift}
     for file, made in written.items():    # what an earlier evaluation left and this one did not make
-        if again and not made:
+        if file in earlier and not made:
             (folder / file).unlink(missing_ok=True)
     report.say(f"\n{folder}: {', '.join(file for file, made in written.items() if made)}")
 

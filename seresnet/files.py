@@ -92,10 +92,12 @@ def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") 
     """read_image of each, in their order, photographs on all cores: Pillow lets go of Python while it decodes and resizes, which of
     small pictures are shorter than handing one to a thread."""
     from PIL import Image
-    cores = runtime.available_cores()
+    cores = min(runtime.available_cores(), 16)
+    held = 8 * cores if size else cores    # at most, decoded
+    yield from (read_image(file, size=size, fit=fit) for file in files[:1])    # by which whoever asks sees what all will take
     with ThreadPoolExecutor(cores) as pool:
-        for start in range(0, len(files), 8 * cores):    # no more of them are held at once
-            part = files[start:start + 8 * cores]
+        for start in range(1, len(files), held):
+            part = files[start:start + held]
             read = pool.map if sum(map(_bytes_of, part)) > len(part) * PHOTOGRAPH else map
             with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # of all threads
                 images = list(read(lambda file: _decoded(file, str(file), size, fit, True), part))

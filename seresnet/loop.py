@@ -375,6 +375,9 @@ def fit(config: Config, command: Sequence[str]) -> dict:
                 if state is None and ranks.main:
                     folder = report.open_run_folder(begun) if begun else report.create_run_folder(
                         config.report.folder, config.recipe, config.run.folder)
+                    if config.run.resume == "auto" and not begun:
+                        report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
+                                   "this one begins anew")
                     itself = replace(config, run=replace(config.run, folder="", resume=""))    # given again, it is a new run
                     folder.write_start(itself.as_dict(), environment)
                 elif state is not None:
@@ -429,7 +432,7 @@ def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
     found, stage = None, ""
     if ranks.launch.restarts and ranks.main:
         resumed = "" if config.run.resume == "auto" else config.run.resume
-        found = next((path for path in report.begun_by(ranks.launch.job, config.report.folder, config.recipe,
+        found = next((path for path in report.begun_by(ranks.launch.job, config.report.folder,
                                                        (config.run.folder, resumed)) if is_of(path, config)), None)
         stage = next((name for name in ("report.json", "last.pt") if found and (found / name).exists()), "")
     if ranks.launch.restarts:
@@ -500,7 +503,6 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         if not differences(state, config, data):
             return folder, state
         folder.close()
-    report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: this one begins anew")
     return None, None
 
 
@@ -659,6 +661,8 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
                 except (MemoryError, RuntimeError):    # with smaller batches it may go on from here, all steps done
                     if ranks.world == 1:
                         keeper.save()
+                        report.say(f"epoch {epoch + 1} is trained and kept: go on with --run.resume {folder.path} "
+                                   f"--evaluate.batch_size {max(1, config.evaluate.batch_size // 2)}")
                     raise
             with ranks.together():
                 folder.log(record(session, epoch, totals, result, keeper.seconds()))

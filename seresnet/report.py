@@ -249,19 +249,21 @@ def open_run_folder(path: Path) -> RunFolder:
 
 
 def unfinished_run_folders(base: Path | str, explicit: Path | str = "") -> list[Path]:
-    """Folders under `base` (or the `explicit` one) with a checkpoint and without a report, newest first."""
-    try:
-        found = [Path(explicit)] if explicit else list(Path(base).iterdir())
-        found = [path for path in found if (path / "last.pt").exists() and not (path / "report.json").exists()]
-        return sorted(found, key=lambda path: (path / "last.pt").stat().st_mtime, reverse=True)
-    except OSError:
-        return []
+    """Folders under `base` (or the `explicit` one) with a checkpoint and without a report, newest first. One that may not be entered,
+    or is removed while we look, is none."""
+    found = []
+    with suppress(OSError):
+        for path in [Path(explicit)] if explicit else list(Path(base).iterdir()):
+            with suppress(OSError):
+                if not (path / "report.json").exists():
+                    found.append(((path / "last.pt").stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def begun_by(job: str, base: Path | str, recipe: str, named: Iterable[Path | str]) -> Iterator[Path]:
-    """The run folders that a launcher's `job` has written into, among the `named` ones and those of `recipe` under `base`, of
-    these the newest first."""
-    for path in [*map(Path, filter(None, named)), *sorted(Path(base).glob(f"{glob.escape(recipe)}-*"), reverse=True)]:
+def begun_by(job: str, base: Path | str, named: Iterable[Path | str]) -> Iterator[Path]:
+    """The run folders that a launcher's `job` has written into, among the `named` ones and those under `base`, of which the last by
+    name are the first."""
+    for path in [*map(Path, filter(None, named)), *sorted(Path(base).glob("*"), reverse=True)]:
         try:
             content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
             if job in (content.get("job"), *(entry.get("job") for entry in content.get("resumed", []))):

@@ -249,7 +249,9 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
     train = _class_folders(path / "train")
     if not train:    # `train` may be a class, such as CIFAR-100's, but not where nothing but splits stands beside it
         whole = _class_folders(path)
-        return {"all": [] if all(SPLIT_NAME.fullmatch(name) for name, _ in whole) else whole}
+        splits = [SPLIT_NAME.fullmatch(name) for name, _ in whole]    # test-positive and test-negative are classes, of one word
+        words = {found[1].lower() for found in splits if found}
+        return {"all": [] if all(splits) and (len(words) > 1 or len(whole) < 2) else whole}
     test = next((path / name for name in TEST_NAMES if _class_folders(path / name)), None)
     return {"train": train, "test": _class_folders(test)} if test else {"all": train}
 

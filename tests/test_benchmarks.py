@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks import compare, ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
 from seresnet import config, report, runtime
+from seresnet.beton import write_beton
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,6 +201,7 @@ def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_sav
     its step, which may take seconds. The third of the comparison, which had not begun, does not begin. Nobody need read what is said."""
     (tmp_path / "training.py").write_text(
         "import pathlib, sys, time\nfrom seresnet import runtime\nown = pathlib.Path(sys.argv[1])\n"
+        "runtime.StopRequest.ONE_REQUEST = 30\n"
         "with runtime.StopRequest() as stop:\n    (own / 'begun').touch()\n    while not stop.signal:\n        time.sleep(0.05)\n"
         "    time.sleep(1)\n    (own / 'saved').touch()\nsys.exit(128 + stop.signal)\n")
     folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
@@ -227,6 +229,27 @@ def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_sav
     assert process.returncode == 128 + number, told
     begun, saved = ([(folder / what).exists() for folder in folders] for what in ("begun", "saved"))
     assert sum(begun) == at_work and saved == begun, "a training was killed while it saved, or begun after that"
+
+
+def test_what_makes_a_series_another_one(tmp_path, make_split):
+    for name, seed in (("a", 0), ("b", 1)):
+        for split in ("train", "test"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_beton(tmp_path / name / f"{split}.beton", make_split(30 + seed, 8), classes=("x", "y", "z"), name=name, source=name,
+                        fingerprint=name)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+
+    def settings(name, **keys):
+        return config.build({"beton.train": str(tmp_path / name / "train.beton"), "beton.test": str(tmp_path / name / "test.beton"), **keys})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings("a", **{"run.seed": 5}).as_dict()))
+    time_to_accuracy.refuse_another(settings("copy", **{"report.curves": False}), 5, tmp_path / "run")
+    for other, message in ((settings("b"), "beton.train"), (settings("a", **{"run.cuda_graphs": False}), "run.cuda_graphs"),
+                           (settings("a", **{"optim.lr": 0.3}), "optim.lr")):
+        with pytest.raises(runtime.UserError, match=message):
+            time_to_accuracy.refuse_another(other, 5, tmp_path / "run")
+    shutil.rmtree(tmp_path / "a")
+    time_to_accuracy.refuse_another(settings("b"), 5, tmp_path / "run")    # which cannot be told from a copy any more
 
 
 def test_a_series_may_be_moved_and_called_from_elsewhere(series, tmp_path, monkeypatch, capsys):

@@ -221,6 +221,7 @@ def test_a_signal_is_noted_where_nobody_reads_any_more(number):
 
 def test_a_second_signal_leaves_at_once(tmp_path):
     code = ("import time; from seresnet import runtime\n"
+            "runtime.StopRequest.ONE_REQUEST = 4\n"
             "with runtime.StopRequest() as stop:\n"
             "    print('ready', flush=True)\n"
             "    while True: time.sleep(0.01)")
@@ -230,7 +231,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.stderr.readline().startswith("stopping after this step; once more")
     process.send_signal(signal.SIGTERM)    # the same request by another way
-    time.sleep(1.2)
+    time.sleep(4.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=5)

@@ -123,6 +123,8 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     (tmp_path / "shift.png").write_text("a user's own")
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--out", ".")
     assert status == 0 and (tmp_path / "shift.png").read_text() == "a user's own", errors
+    status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--out", ".")
+    assert status == 0 and (tmp_path / "shift.png").read_text() == "a user's own", "the earlier evaluation had not made it"
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--shift",
                                         "--out", "told", "--batch-size", "7")
     assert status == 0, errors

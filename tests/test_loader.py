@@ -442,6 +442,7 @@ def test_an_ffcv_that_cannot_be_imported_is_as_none(tmp_path, make_split, monkey
     def broken():
         raise ImportError("libopencv_core.so.406: cannot open shared object file")
     monkeypatch.setattr("seresnet.runtime.import_ffcv", broken)
+    monkeypatch.setattr("seresnet.runtime.has_ffcv", lambda: True)
     about = dict(classes=("a", "b", "c"), name="x", source="x", fingerprint="f")
     written = write_beton(tmp_path / "x.beton", make_split(100, 8), storage="jpeg", **about)
     how = dict(batch_size=16, device=torch.device("cpu"))

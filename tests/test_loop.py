@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seresnet import checkpoint, config, loop, report, trained
+from seresnet import checkpoint, config, loop, report, runtime, trained
 from seresnet.augment import PADDINGS
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
@@ -514,8 +514,8 @@ def test_a_job_knows_its_trainings_apart(betons, tmp_path):
     for name in ("stripes-1", "stripes-2"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "environment.json").write_text('{"job": "17/0"}')
-    found = report.begun_by("17/0", tmp_path, "stripes", ())
-    assert [path.name for path in found] == ["stripes-2", "stripes-1"] and not list(report.begun_by("18/0", tmp_path, "stripes", ()))
+    found = report.begun_by("17/0", tmp_path, ())
+    assert [path.name for path in found] == ["stripes-2", "stripes-1"] and not list(report.begun_by("18/0", tmp_path, ()))
 
 
 def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
@@ -702,7 +702,7 @@ def test_a_run_folders_config_is_that_of_a_new_run(betons, tmp_path):
 
 
 def test_a_run_without_memory_to_evaluate_goes_on_with_smaller_batches(betons, tmp_path, monkeypatch):
-    settings = dict(evaluate__every=0, run__precision="fp32")
+    settings, mode = dict(evaluate__every=0, run__precision="fp32"), "stream" if runtime.has_ffcv() else "resident"
     whole = train(betons, tmp_path / "whole", **settings)
 
     def exhausted():
@@ -715,9 +715,9 @@ def test_a_run_without_memory_to_evaluate_goes_on_with_smaller_batches(betons, t
     saved = checkpoint.load(folder / "last.pt")
     assert (saved["epoch"], saved["batches_done"]) == (2, 9), "the last epoch would be trained again"
     monkeypatch.setattr(loop, "smoothed_cross_entropy", lambda *_, **__: pytest.fail("it is trained again"))
-    resumed = train(betons, tmp_path, run__resume=str(folder), evaluate__batch_size=7, loader__mode="stream", **settings)
+    resumed = train(betons, tmp_path, run__resume=str(folder), evaluate__batch_size=7, loader__mode=mode, **settings)
     assert resumed["correct"] == whole["correct"] and weights_hash(folder) == weights_hash(folder_of(tmp_path / "whole"))
-    assert resumed["run_loader"] == "stream"
+    assert resumed["run_loader"] == mode
 
 
 def test_seconds_outlive_a_process_that_is_killed_as_soon_as_it_goes_on(betons, tmp_path, monkeypatch):

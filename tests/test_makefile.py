@@ -143,7 +143,7 @@ def fake_python(clone, bare):
     """An interpreter that notes what pip is asked to install, and makes a .venv with a copy of itself; on the PATH as python3 and python4."""
     text = ('#!/bin/sh\ncase "$*" in\n    *"import sys; print"*) echo 3.13 ;;\n    -c*) exit 0 ;;\n'
             '    "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cat "$0" >.venv/bin/python && chmod +x .venv/bin/python ;;\n'
-            '    "-m pip"*) echo "$*" >>installed ;;\n    *) exit 9 ;;\nesac\n')
+            '    "-m pip"*) [ ! -e offline ] || exit 1; echo "$*" >>installed ;;\n    *) exit 9 ;;\nesac\n')
     for name in ("python3", "python4"):
         (bare / name).write_text(text)
         (bare / name).chmod(0o755)
@@ -162,6 +162,11 @@ def test_what_setup_was_given_holds_until_it_is_given_something_else(clone, fake
         return (clone / "installed").read_text() if (clone / "installed").exists() else ""
 
     assert "--index x --editable .[test]" in calls(FFCV="no", PIP_ARGS="--index x")
+    (clone / "pyproject.toml").write_text((clone / "pyproject.toml").read_text() + "\n")
+    (clone / "offline").touch()
+    assert setup(clone, fake_python, PYTHON="").returncode != 0
+    (clone / "offline").unlink()
+    assert "--index x --editable .[test]" in calls(), "where pip failed, what was chosen is forgotten"
     assert calls() == calls(FFCV="no") == calls(PIP_ARGS="--index x", FFCV="no") == ""
     assert "--index y --editable .[test]" in calls(PIP_ARGS="--index y")
     (clone / "pyproject.toml").write_text((clone / "pyproject.toml").read_text() + "\n")

@@ -64,6 +64,20 @@ def test_the_folder_holds_what_it_was_given(tmp_path):
                                                              "report.json"]
 
 
+def test_a_folder_that_may_not_be_entered_hides_no_other(tmp_path, monkeypatch):
+    for name in ("a", "locked", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    whole = report.Path.stat
+
+    def stat(path, **how):
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return whole(path, **how)
+    monkeypatch.setattr(report.Path, "stat", stat)
+    assert {path.name for path in report.unfinished_run_folders(tmp_path)} == {"a", "b"}
+
+
 def test_what_is_drawn_on_a_screen_or_a_picture_may_be_missing(tmp_path, monkeypatch, capsys):
     installed = runtime.is_installed
     monkeypatch.setattr(runtime, "is_installed", lambda name: name not in ("matplotlib", "tqdm") and installed(name))

@@ -417,6 +417,8 @@ def test_a_class_may_be_called_train(tmp_path):
     (tmp_path / "test").rmdir()
     write_tree(tmp_path, ".", ("valley",), 4)
     assert find_source(tmp_path).read().classes == ("test1", "train", "valley")
+    write_tree(tmp_path / "covid", ".", ("test-negative", "test-positive"), 4)
+    assert find_source(tmp_path / "covid").read().classes == ("test-negative", "test-positive")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
