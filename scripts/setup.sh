@@ -1,5 +1,5 @@
 #!/bin/sh
-# System packages, .venv, pinned dependencies. Done once: a second call compares one line and leaves.
+# System packages, .venv, pinned dependencies. Done once: a second call compares four lines and leaves.
 # Exit status 2 with the packages' names where they are missing and cannot be installed. FFCV=no does without FFCV, and so
 # without compiler and system packages: sets are then kept in memory. PYTHON, PIP_ARGS and FFCV, once given, hold until others are:
 # `make train` after `make setup FFCV=no` finds its .venv as it is (FFCV=yes takes that back, PIP_ARGS=" " the arguments).
@@ -16,9 +16,10 @@ ffcv=${FFCV:-$(chosen FFCV)}
 ffcv=${ffcv:-yes}
 
 command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer, or name one with PYTHON=..."
-state="PYTHON=$python
+choices="PYTHON=$python
 PIP_ARGS=$pip_args
-FFCV=$ffcv
+FFCV=$ffcv"
+state="$choices
 made of $(cat pyproject.toml scripts/setup.sh | cksum) by $("$python" -c 'import sys; print(sys.version)')"
 if [ -f .venv/ready ] && [ "$(cat .venv/ready)" = "$state" ]; then exit 0; fi
 
@@ -60,7 +61,6 @@ fi
 extras=test,ffcv
 [ "$ffcv" != no ] || extras=test
 echo "installing Python packages into .venv (a minute or two, more where torch's CUDA build is fetched)"
-choices=$(printf 'PYTHON=%s\nPIP_ARGS=%s\nFFCV=%s' "$python" "$pip_args" "$ffcv")
 "$python" -m venv --clear .venv
 printf '%s\n' "$choices" >.venv/ready    # not the whole of it: where pip fails, the next call starts again, with the same choices
 .venv/bin/python -m pip install --quiet --disable-pip-version-check $pip_args --editable ".[$extras]"

@@ -31,7 +31,6 @@ MOST_CONVOLUTIONS = 2000    # a net of that many takes seconds to build; a slip 
 SMALLEST_NUMBER, LARGEST_NUMBER = 1e-15, 1e30
 # What other programs call a key's last part: named where it is asked for, never taken silently.
 ALSO_CALLED = {"learning_rate": "lr", "max_lr": "lr", "num_workers": "workers", "wd": "weight_decay", "num_epochs": "epochs"}
-WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "sources", "beton", "checkpoint", "report"}    # on the weights
 FROM_DATA = ("model.classes", "model.image_size")    # where they are 0
 LARGEST_FILE = 1 << 20      # bytes of a YAML file; a recipe has a thousand
 
@@ -549,16 +548,6 @@ def changes(before: Mapping, now: Config) -> list[tuple[str, object, object]]:
     defaults, before = dict(_flatten(build({}).as_dict())), dict(_flatten(before))
     found = ((name, before.get(name, defaults[name]), value) for name, value in _flatten(now.as_dict()))
     return [(name, was, value) for name, was, value in found if was != value and (value or name not in FROM_DATA)]
-
-
-def changes_with_effect(before: Mapping, now: Config) -> list[tuple[str, object, object]]:
-    """Those of `changes` with which a run is another one. Betons are told by their files' names here: a copy may lie in another place,
-    and whoever goes on with a run compares their bytes."""
-    def has_effect(name: str, was: object, value: object) -> bool:
-        if name in ("beton.train", "beton.test"):
-            return Path(str(was)).name != Path(str(value)).name
-        return not {name, name.partition(".")[0]} & WITHOUT_EFFECT
-    return [change for change in changes(before, now) if has_effect(*change)]
 
 
 def _flatten(mapping: Mapping, prefix: str = ""):

@@ -42,24 +42,23 @@ def examine(data: Path) -> Iterator[Finding]:
     """One finding after the other. data: folder in which betons, or sources of them, are looked for."""
     version = sys.version.split()[0]
     yield Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
-    versions, broken = runtime.describe_versions(), {}
+    versions = runtime.describe_versions()
+    broken = {name: why_not_imported(name) for name in ("torch", "ffcv") if runtime.is_installed(name)}    # they want libraries of the system
     for name, command in NEEDED.items():
         there = runtime.is_installed(name)
-        broken[name] = why_not_imported(name) if there and name == "torch" else ""    # it wants libraries of CUDA, or of the system
-        if broken[name]:
+        if broken.get(name):
             yield Finding(name, False, f"cannot be imported ({broken[name]})", "make setup, or install it again as README, \"Install\"")
         else:
             yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
-        broken[name] = why_not_imported(name) if there and name == "ffcv" else ""
-        if broken[name]:
+        if broken.get(name):
             yield Finding(name, None, f"cannot be imported ({broken[name]}); for {use}", "echo again >>.venv/ready && make setup")
         elif there:
             yield Finding(name, True, versions.get(name, "installed"))
         else:
             yield Finding(name, None, f"not installed; for {use}", command)
-    if runtime.is_installed("torch") and runtime.is_installed("numpy") and not broken["torch"]:
+    if runtime.is_installed("torch") and runtime.is_installed("numpy") and not broken.get("torch"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
         bf16 = machine["cpu_bf16"]

@@ -126,8 +126,8 @@ def _files_of(evaluation: Path) -> set[str]:
     """The pictures that an earlier evaluation made, of those that are not always made, by its own account."""
     try:
         content = json.loads(evaluation.read_text(encoding="utf-8"))
-        return {file for file, made in (("shift.png", "shift" in content), ("mistakes.png", content.get("mistakes", 0) > 0)) if made}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {file for file, made in (("shift.png", "shift" in content), ("mistakes.png", content["accuracy"] < 1)) if made}
+    except (OSError, ValueError, TypeError, KeyError):
         return set()
 
 
@@ -163,8 +163,7 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds,
-               "mistakes": int((probabilities.argmax(1) != labels).sum()), **{
+    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
     if options.shift:
         outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)

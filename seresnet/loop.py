@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ from seresnet import checkpoint, report, runtime
 from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, mismatch, open_beton, read_images
 from seresnet.clock import Clock
-from seresnet.config import Config, changes_with_effect, contradictions, read_file
+from seresnet.config import Config, changes, contradictions, read_file
 from seresnet.evaluate import Evaluation, evaluate
 from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
@@ -32,8 +32,10 @@ from seresnet.synced import expect, synchronise
 
 # Streams of random numbers: each is seeded from (run seed, stream, epoch) and so shares nothing with the others.
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
-# How a result is come by, not what it is: may change when a run goes on, which may have lacked the memory.
-WITHOUT_RESULT = {"evaluate.batch_size", "loader.mode", "loader.workers", "loader.batches_ahead", "run.tune_allocator"}
+# On the weights: may change when a run goes on. Where a beton lies is nothing beside its bytes, which are compared; the second line is
+# what a run may change that lacked the memory.
+WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "sources", "beton", "checkpoint", "report",
+                  "evaluate.batch_size", "loader.mode", "loader.workers", "loader.batches_ahead", "run.tune_allocator"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
@@ -445,9 +447,12 @@ def is_of(path: Path, config: Config) -> bool:
     """Whether the run in the folder `path` has this config, as far as can be told before the data are opened: a job may train
     one recipe with several seeds."""
     try:
-        return not other_results(read_file(str(path / "config.yaml")), config)
+        found = changes(read_file(str(path / "config.yaml")), config)
     except runtime.UserError:
         return False
+    # of a set, a job's copy may lie in another place, under its name
+    return not any(has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name
+                   for name, before, value in found)
 
 
 def fingerprint(config: Config, data: Data) -> int:
@@ -515,15 +520,14 @@ def load_state(path: Path, config: Config, data: Data) -> dict:
     return state
 
 
-def other_results(before: Mapping, now: Config) -> list[tuple[str, object, object]]:
-    """The changes of a config with which a run would come to other weights, or another figure."""
-    return [change for change in changes_with_effect(before, now) if change[0] not in WITHOUT_RESULT]
+def has_effect(key: str) -> bool:
+    """Whether a run is another one where this `section.key` is."""
+    return not {key, key.partition(".")[0]} & WITHOUT_EFFECT
 
 
 def differences(state: dict, config: Config, data: Data) -> list[str]:
-    """What of config and data is not as it was when `state` was saved, a line each; keys without effect do not count."""
-    found = [f"{name}: was {before}, is {value}" for name, before, value in other_results(state["config"], config)
-             if not name.startswith("beton.")]
+    """What of config and data is not as it was when `state` was saved, a line each; keys WITHOUT_EFFECT do not count."""
+    found = [f"{name}: was {before}, is {value}" for name, before, value in changes(state["config"], config) if has_effect(name)]
     for split, beton in (("train", data.train), ("test", data.test)):
         if state["data"][split] != beton.sha256:
             found.append(f"beton.{split}: {beton.path} holds other bytes than before")

@@ -22,7 +22,7 @@ from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
 TEST_NAMES = ("test", "val", "valid", "validation")
-SPLIT_NAME = re.compile(r"(train|training|test|testing|val|valid|validation)([\W_\d].*)?", re.IGNORECASE)    # test1, train_images
+SPLIT_NAME = re.compile(rf"(train|training|testing|{'|'.join(TEST_NAMES)})([\W_\d].*)?", re.IGNORECASE)    # test1, train_images
 LABEL_FILE = "trainLabels.csv"
 SUPPLY = (f"Put an official layout of CIFAR ({WEBSITE}: cifar-10-batches-bin/, cifar-10-batches-py/, cifar-10-python.tar.gz, "
           "...), a folder a class (train/<class>/*.png + test/<class>/*.png, or without the split), the Hub's "

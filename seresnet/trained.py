@@ -48,8 +48,7 @@ class TrainedNet:
 
         tta: test-time augmentation, a key of tta.VIEWS; '' for what the net's own recipe ends with (its evaluate.tta and
         evaluate.tta_sure), so that its reported accuracy holds. batch_size: images a forward pass, 0 for the recipe's
-        evaluate.batch_size. Raises ValueError for images of another shape or dtype, or a `tta`
-        that there is not.
+        evaluate.batch_size. Raises ValueError for images of another shape or dtype, or a `tta` that there is not.
         """
         images, side = np.asarray(images), self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):

@@ -24,10 +24,9 @@ $PYTHON -m torch.distributed.run "${meet[@]}" --nproc-per-node "$processes" --ma
     --run.resume auto "$@" &
 launcher=$!
 trap 'kill -TERM $launcher 2>/dev/null || :' TERM INT    # INT a shell's background job ignores
-status=0
-wait $launcher || status=$?
-while kill -0 $launcher 2>/dev/null; do    # a trap has ended the waiting, not the training
+while :; do
     status=0
     wait $launcher || status=$?
+    kill -0 $launcher 2>/dev/null || break    # a trap has ended the waiting, not the training
 done
 exit $status
