@@ -1,24 +1,33 @@
 """seresnet/kernels.py, compiled by numba where numba can, and when a tensor is worth it."""
 from __future__ import annotations
 
+import sys
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from seresnet import runtime
+
+BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}    # what a number's bits are passed as
 LEAST = 1 << 20    # elements from which loading the compiled code, some tenths of a second once, is worth it
 
 
 def worth_it(x: torch.Tensor) -> bool:
-    """Whether compiled passes may take x (B, C, H, W): part of a training in bfloat16 on a CPU, channels-last, and large."""
-    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad and x.numel() >= max(1, LEAST)
-            and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling() and passes() is not None)
+    """Whether compiled passes of a training may take x (B, C, H, W): they may read it, and it wants a gradient."""
+    return torch.is_grad_enabled() and x.requires_grad and may_read(x)
+
+
+def may_read(x: torch.Tensor) -> bool:
+    """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, channels-last, and large."""
+    return (x.dtype in BITS and x.device.type == "cpu" and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and passes() is not None)
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    """A bfloat16 tensor's memory as an int16 array: numba knows no bfloat16."""
-    return tensor.detach().view(torch.int16).numpy()
+    """A bfloat16 tensor's memory as an int16 array, since numba knows no bfloat16, and a float32 tensor's as an int32 array."""
+    return tensor.detach().view(BITS[tensor.dtype]).numpy()
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
@@ -32,12 +41,18 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def take_wide_vectors() -> None:
-    """Let numba use the CPU's widest vectors. To be called before anything is decorated for it: it decides then, for the whole process.
+def set_up_numba() -> None:
+    """Let numba use the CPU's widest vectors, and torch's threads. To be called before anything is decorated for it: it decides then,
+    for the whole process. What the user has set in numba's own variables stays.
 
-    LLVM prefers 256 of 512 bits, for CPUs that slow down with wider vectors; those with matrix units do not.
+    LLVM prefers 256 of 512 bits, for CPUs that slow down with wider vectors; those with matrix units do not. Of numba's kinds of
+    threads TBB comes first where it is installed (OpenCV brings it), whose threads then wait for a core on which torch's, of OpenMP,
+    still look for work: a step of se94 in float32 took 1.2 times as long (records/: float32). Elsewhere than on Linux the two need not
+    have one OpenMP in common.
     """
     import numba
+    if sys.platform == "linux" and numba.config.THREADING_LAYER_PRIORITY == ["tbb", "omp", "workqueue"]:
+        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     if numba.config.CPU_FEATURES is None and has_matrix_units():
         numba.config.CPU_FEATURES = numba.core.codegen.get_host_cpu_features() + ",-prefer-256-bit"
 
@@ -54,7 +69,7 @@ def passes() -> SimpleNamespace | None:
         import numba
         if numba.config.DISABLE_JIT:
             return None
-        take_wide_vectors()
+        set_up_numba()
         from seresnet import kernels
     except Exception:    # not there, or broken, in whatever way: torch can do all that is done here
         return None
@@ -67,22 +82,23 @@ def passes() -> SimpleNamespace | None:
             function(*arrays)
         return call
 
-    functions = (kernels.pool, kernels.unpool, kernels.sums, kernels.activate, kernels.gradient_sums, kernels.gradients)
+    functions = (kernels.pool, kernels.unpool, kernels.sums, kernels.activate, kernels.gradient_sums, kernels.gradients,
+                 kernels.patches, kernels.patches_back, kernels.outputs, kernels.outputs_back)
     for keep in (True, False):    # a cache that cannot be written, or read, is no reason to do without
         try:
             found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
                                        for function in functions})
-            _try(found)
+            _try(found, np.int16 if runtime.cpu_has_bf16() else np.int32)
             return found if numba.threading_layer() in ("omp", "tbb") else None
         except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
             continue
     return None
 
 
-def _try(passes: SimpleNamespace) -> None:
-    """Every pass once, with little."""
-    images, one, byte = (np.zeros((1, 2, 2, 1), kind) for kind in (np.int16, np.int16, np.uint8))
-    pooled, taken, x = one[:, ::2, ::2].copy(), byte[:, ::2, ::2].copy(), np.zeros((1, 4, 1), np.int16)
+def _try(passes: SimpleNamespace, kind: type) -> None:
+    """Every pass once, with little, in the kind of bits that trainings take on this CPU unless told otherwise."""
+    images, one, byte = (np.zeros((1, 2, 2, 1), kind) for kind in (kind, kind, np.uint8))
+    pooled, taken, x = one[:, ::2, ::2].copy(), byte[:, ::2, ::2].copy(), np.zeros((1, 4, 1), kind)
     rows, channel, scale = np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 0.0
     passes.pool(images, pooled, taken)
     passes.unpool(pooled, taken, images)
@@ -90,3 +106,9 @@ def _try(passes: SimpleNamespace) -> None:
     passes.activate(x, x, rows, rows, scale, x.copy())
     passes.gradient_sums(x, x, x, rows, rows, scale, channel, rows.copy(), rows.copy())
     passes.gradients(x, x, x, rows, rows, scale, channel, rows, rows, x.copy(), x.copy())
+    if kind is np.int32:    # of float32 alone
+        image, places = np.zeros((1, 1, 1, 1), np.float32), np.zeros((25, 1, 1), np.float32)
+        passes.patches(image, 1, 1, 1, places)
+        passes.outputs(places, image)
+        passes.outputs_back(image, places)
+        passes.patches_back(places, 1, 1, 1, image)

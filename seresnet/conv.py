@@ -1,4 +1,4 @@
-"""Convolutions: torch's, trained faster where images are small and the CPU has matrix units."""
+"""Convolutions: torch's, and faster ones on CPUs: where images are small and the CPU has matrix units, and in float32."""
 from __future__ import annotations
 
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from seresnet.compiled import has_matrix_units
+from seresnet.winograd import Winograd, pays
 
 ROW = 32               # pixels that a matrix unit (AMX, bfloat16) sums over at once
 LARGEST_PERIOD = 14    # two of 14 nearly fill a row; laying wider images side by side costs more than it saves
@@ -42,16 +43,20 @@ class ConvBeforePool(Conv2d):
         odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
         if not (odd_height or odd_width) or min(x.shape[2:]) < 2:
             return super().forward(x)
+        if pays(x, self.weight, stride=1):
+            return Winograd.apply(x, self.weight, 1, x.shape[2] - odd_height, x.shape[3] - odd_width)
         return convolve(F.pad(x, (1, 1 - odd_width, 1, 1 - odd_height)), self.weight, stride=1, padding=0)
 
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
-    """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), and by SideBySide or SideBySideThroughout where that trains faster."""
+    """F.conv2d of x (B, C_in, H, W) and weight (C_out, C_in, k, k), by SideBySide, SideBySideThroughout or Winograd where that is faster."""
     trains = weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_matrix_units():
         way = faster_way(x.shape[3], weight, stride, padding)
         if way:
             return way.apply(x, weight.to(x.dtype), padding)
+    if pays(x, weight, stride):
+        return Winograd.apply(x, weight, padding, x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
     return F.conv2d(x, weight, None, stride, padding)
 
 

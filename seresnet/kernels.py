@@ -1,7 +1,8 @@
-"""Passes over bfloat16 images in memory, for numba to compile: max-pooling, and batch normalisation with what follows it.
+"""Passes over images in memory, for numba to compile: max-pooling, batch normalisation with what follows it, tiles of convolutions.
 
-bfloat16 comes as an int16 array of its bits, which numba knows: the upper half of a float32's. Images are (B, H, W, C) or, with
-pixels in a row, (B, P, C); all arrays are contiguous. Loops over channels are innermost, so that they become vector instructions.
+bfloat16 comes as an int16 array of its bits, since numba does not know it: the upper half of a float32's. float32 comes as an int32
+array of its bits, so that one pass serves both; tiles are float32 alone, and come as that. Images are (B, H, W, C) or, with pixels in
+a row, (B, P, C); all arrays are contiguous. Loops over channels are innermost, so that they become vector instructions.
 """
 from __future__ import annotations
 
@@ -10,25 +11,36 @@ import math
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import float32, int16, types, uint8, uint32
-from numba.extending import intrinsic
+from numba import float32, int16, int32, types, uint8, uint32, uintp
+from numba.extending import intrinsic, overload
 
-SATURATED = 4.0    # from here on the normal distribution is taken as constant: 3e-5 from 1
+SATURATED = 4.0         # from here on the normal distribution is taken as constant: 3e-5 from 1
+SATURATED_FINE = 5.5    # and in float32 from here on: 2e-8 from 1
 HALF, ONE, END, PER_SQUARE = np.float32(0.5), np.float32(1), np.float32(SATURATED), np.float32(2 / SATURATED**2)
+END_FINE, PER_SQUARE_FINE = np.float32(SATURATED_FINE), np.float32(2 / SATURATED_FINE**2)
 
 
-def odd_polynomial(function) -> list[np.float32]:
-    """Coefficients c of the polynomial of eighth degree for which u * c(2 u^2 / SATURATED^2 - 1) is `function` (odd) up to
-    SATURATED: least squares in Chebyshev's points."""
+def normal_share_above_half(u: float) -> float:
+    return math.erf(u / math.sqrt(2)) / 2
+
+
+def gelu_slope_above_half(u: float) -> float:
+    return normal_share_above_half(u) + u * math.exp(-u * u / 2) / math.sqrt(2 * math.pi)
+
+
+def odd_polynomial(function, degree: int = 8, saturated: float = SATURATED) -> list[np.float32]:
+    """Coefficients c of the polynomial for which u * c(2 u^2 / saturated^2 - 1) is `function` (odd) up to `saturated`: least squares
+    in Chebyshev's points."""
     v = np.cos((np.arange(400) + 0.5) * np.pi / 400)
-    u = np.sqrt((v + 1) / 2) * SATURATED
+    u = np.sqrt((v + 1) / 2) * saturated
     values = np.array([function(one) for one in u])
-    return [np.float32(c) for c in np.polynomial.Polynomial.fit(v, values / u, 8, w=u, domain=[-1, 1]).coef]
+    return [np.float32(c) for c in np.polynomial.Polynomial.fit(v, values / u, degree, w=u, domain=[-1, 1]).coef]
 
 
-P0, P1, P2, P3, P4, P5, P6, P7, P8 = odd_polynomial(lambda u: math.erf(u / math.sqrt(2)) / 2)
-S0, S1, S2, S3, S4, S5, S6, S7, S8 = odd_polynomial(
-    lambda u: math.erf(u / math.sqrt(2)) / 2 + u * math.exp(-u * u / 2) / math.sqrt(2 * math.pi))
+P0, P1, P2, P3, P4, P5, P6, P7, P8 = odd_polynomial(normal_share_above_half)
+S0, S1, S2, S3, S4, S5, S6, S7, S8 = odd_polynomial(gelu_slope_above_half)
+FINE = 14    # degree in float32
+SHARE, SLOPE = (np.array(odd_polynomial(f, FINE, SATURATED_FINE)) for f in (normal_share_above_half, gelu_slope_above_half))
 
 
 @intrinsic
@@ -71,9 +83,81 @@ def gelu_slope(u):
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def before_gelu(value, a, d, share, shortcut):
+def fine(coefficients, u):
+    """Half more than the odd polynomial of these coefficients, at u."""
+    u = min(max(u, -END_FINE), END_FINE)
+    v = u * u * PER_SQUARE_FINE - ONE
+    sum_ = coefficients[FINE]
+    for k in range(FINE):
+        sum_ = coefficients[FINE - 1 - k] + v * sum_
+    return HALF + u * sum_
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def fine_normal_share(u):
+    """As `normal_share`, within 2e-7."""
+    return fine(SHARE, u)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def fine_gelu_slope(u):
+    """As `gelu_slope`, within 2e-6."""
+    return fine(SLOPE, u)
+
+
+# The five below are chosen by the type of `bits`, when numba compiles what calls them.
+
+def number(bits):
+    """The float32 of these bits."""
+
+
+def coded(value, bits):
+    """A float32's bits, of the same type as `bits`."""
+
+
+def share(u, bits):
+    """`normal_share`, as closely as `bits` can tell."""
+
+
+def slope(u, bits):
+    """`gelu_slope`, as closely as `bits` can tell."""
+
+
+def order(bits):
+    """An integer of the same order as the numbers; less what follows it wraps, and NaN of either sign is greatest."""
+
+
+@overload(number, inline="always")
+def number_of(bits):
+    return (lambda bits: widen(bits)) if bits == int16 else lambda bits: as_float(uint32(bits))
+
+
+@overload(coded, inline="always")
+def coded_as(value, bits):
+    return (lambda value, bits: narrow(value)) if bits == int16 else lambda value, bits: int32(as_bits(value))
+
+
+@overload(order, inline="always")
+def order_of(bits):
+    if bits == int16:
+        return lambda bits: int16(int16(bits ^ ((bits >> 15) & 0x7fff)) - 127)
+    return lambda bits: int32(int32(bits ^ ((bits >> int32(31)) & int32(0x7fffffff))) - int32(0x7fffff))
+
+
+@overload(share, inline="always")
+def share_as(u, bits):
+    return (lambda u, bits: normal_share(u)) if bits == int16 else lambda u, bits: fine_normal_share(u)
+
+
+@overload(slope, inline="always")
+def slope_as(u, bits):
+    return (lambda u, bits: gelu_slope(u)) if bits == int16 else lambda u, bits: fine_gelu_slope(u)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def before_gelu(value, a, d, scale, shortcut):
     """What GELU is taken of, of one value of x and the bits of its shortcut."""
-    return a * value + d + share * widen(shortcut)
+    return a * value + d + scale * number(shortcut)
 
 
 def pool(x, pooled, taken):
@@ -83,13 +167,12 @@ def pool(x, pooled, taken):
         for i in range(tall):
             for j in range(wide):
                 for c in range(channels):
-                    best, highest, place = int16(0), int16(-32768), uint8(0)
-                    for k in range(4):
+                    best = x[image, 2 * i, 2 * j, c]
+                    highest, place = order(best), uint8(0)
+                    for k in range(1, 4):
                         bits = x[image, 2 * i + k // 2, 2 * j + k % 2, c]
-                        # of the same order as the numbers, as an integer; less 127 it wraps, and NaN of either sign is greatest
-                        order = int16(int16(bits ^ ((bits >> 15) & 0x7fff)) - 127)
-                        if k == 0 or order > highest:
-                            best, highest, place = bits, order, uint8(k)
+                        if order(bits) > highest:
+                            best, highest, place = bits, order(bits), uint8(k)
                     pooled[image, i, j, c], taken[image, i, j, c] = best, place
 
 
@@ -120,7 +203,7 @@ def sums(x, pivot, total, squares):
         for image in range(row * count // rows, (row + 1) * count // rows):
             for p in range(pixels):
                 for c in range(channels):
-                    value = widen(x[image, p, c]) - pivot[c]
+                    value = number(x[image, p, c]) - pivot[c]
                     total[row, c] += value
                     squares[row, c] += value * value
 
@@ -128,20 +211,20 @@ def sums(x, pivot, total, squares):
 def activate(x, shortcut, a, d, scale, y):
     """gelu(a * x + d + scale * shortcut) into y."""
     count, pixels, channels = x.shape
-    share = float32(scale)
+    factor = float32(scale)
     for image in numba.prange(count):
         row = image % len(a)
         for p in range(pixels):
             for c in range(channels):
-                u = before_gelu(widen(x[image, p, c]), a[row, c], d[row, c], share, shortcut[image, p, c])
-                y[image, p, c] = narrow(u * normal_share(u))
+                u = before_gelu(number(x[image, p, c]), a[row, c], d[row, c], factor, shortcut[image, p, c])
+                y[image, p, c] = coded(u * share(u, x[image, p, c]), x[image, p, c])
 
 
 def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
     """Of what comes back through the activation: sums, and those of its product with x - mean; rows as in `sums`."""
     rows, channels = total.shape
     count, pixels = x.shape[0], x.shape[1]
-    share = float32(scale)
+    factor = float32(scale)
     for row in numba.prange(rows):
         for c in range(channels):
             total[row, c] = product[row, c] = 0
@@ -149,9 +232,9 @@ def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
             own = image % len(a)
             for p in range(pixels):
                 for c in range(channels):
-                    value = widen(x[image, p, c])
-                    u = before_gelu(value, a[own, c], d[own, c], share, shortcut[image, p, c])
-                    back = widen(gradient[image, p, c]) * gelu_slope(u)
+                    value = number(x[image, p, c])
+                    u = before_gelu(value, a[own, c], d[own, c], factor, shortcut[image, p, c])
+                    back = number(gradient[image, p, c]) * slope(u, x[image, p, c])
                     total[row, c] += back
                     product[row, c] += back * (value - mean[c])
 
@@ -159,14 +242,171 @@ def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
 def gradients(gradient, x, shortcut, a, d, scale, of_value, constant, by_back, of_x, of_shortcut):
     """Of what comes back through the activation: by_back * it + of_value * x + constant into of_x, scale * it into of_shortcut."""
     count, pixels, channels = x.shape
-    share = float32(scale)
+    factor = float32(scale)
     for image in numba.prange(count):
         row = image % len(a)
         for p in range(pixels):
             for c in range(channels):
-                value = widen(x[image, p, c])
-                u = before_gelu(value, a[row, c], d[row, c], share, shortcut[image, p, c])
-                back = widen(gradient[image, p, c]) * gelu_slope(u)
-                of_x[image, p, c] = narrow(by_back[row, c] * back + of_value[c] * value + constant[row, c])
-                if share != 0:
-                    of_shortcut[image, p, c] = narrow(share * back)
+                value = number(x[image, p, c])
+                u = before_gelu(value, a[row, c], d[row, c], factor, shortcut[image, p, c])
+                back = number(gradient[image, p, c]) * slope(u, x[image, p, c])
+                of_x[image, p, c] = coded(by_back[row, c] * back + of_value[c] * value + constant[row, c], x[image, p, c])
+                if factor != 0:
+                    of_shortcut[image, p, c] = coded(factor * back, x[image, p, c])
+
+
+# Tiles of convolutions (seresnet/winograd.py). The matrices B^T, A^T and their transposes are applied to columns and then to rows of a
+# patch, LANES channels at once: a number known beforehand, and copies of their own, are what lets LLVM make vector instructions.
+
+LANES = 64
+TWO, THREE, FOUR = np.float32(2), np.float32(3), np.float32(4)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def patch(a, b, c, d, e):
+    """B^T: five pixels of the input, transformed."""
+    return TWO * (a - c) + d - b, d - c - TWO * b, TWO * b - THREE * c + d, d - b, TWO * (b - d) + e - c
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def patch_back(a, b, c, d, e):
+    """B: the adjoint of `patch`."""
+    return TWO * a, TWO * (c + e - b) - a - d, -TWO * a - b - THREE * c - e, a + b + c + d - TWO * e, e
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output(a, b, c, d, e):
+    """A^T: three pixels of the output."""
+    return a + b + c + d, b - c + TWO * d, b + c + FOUR * d + e
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output_back(a, b, c):
+    """A: the adjoint of `output`."""
+    return a, a + b + c, a - b + c, a + TWO * b + FOUR * c, c
+
+
+def patches(x, padding, down, across, seen):
+    """B^T d B of the patches of x (B, H, W, C) under down x across tiles an image, into seen (25, B * down * across, C).
+
+    The first pixel of the first patch lies `padding` pixels above and left of the image; outside are zeros.
+    """
+    count, height, width, channels = x.shape
+    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
+    for row in numba.prange(count * down):
+        image, i = row // down, row % down
+        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 5, LANES), np.float32)
+        for j in range(across):
+            for first in range(0, channels, LANES):
+                some = uintp(min(LANES, channels - first))
+                for k in range(25):
+                    high, wide = 3 * i - padding + k // 5, 3 * j - padding + k % 5
+                    if 0 <= high < height and 0 <= wide < width:
+                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        for c in range(some):
+                            d[k // 5, k % 5, c] = pixels[start + c]
+                    else:
+                        d[k // 5, k % 5] = 0
+                for k in range(5):
+                    for c in range(LANES):
+                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = patch(
+                            d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
+                for k in range(5):
+                    for c in range(LANES):
+                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = patch(
+                            t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
+                for k in range(25):
+                    start = uintp(k * plane + (row * across + j) * channels + first)
+                    for c in range(some):
+                        places[start + c] = d[k // 5, k % 5, c]
+
+
+def patches_back(seen, padding, down, across, x):
+    """The adjoint of `patches`: sums into x, all of it written."""
+    count, height, width, channels = x.shape
+    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
+    for image in numba.prange(count):
+        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 5, LANES), np.float32)
+        x[image] = 0
+        for tile in range(down * across):
+            i, j = tile // across, tile % across
+            for first in range(0, channels, LANES):
+                some = uintp(min(LANES, channels - first))
+                for k in range(25):
+                    start = uintp(k * plane + (image * down * across + tile) * channels + first)
+                    for c in range(some):
+                        d[k // 5, k % 5, c] = places[start + c]
+                for k in range(5):
+                    for c in range(LANES):
+                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = patch_back(
+                            d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
+                for k in range(5):
+                    for c in range(LANES):
+                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = patch_back(
+                            t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
+                for k in range(25):
+                    high, wide = 3 * i - padding + k // 5, 3 * j - padding + k % 5
+                    if 0 <= high < height and 0 <= wide < width:
+                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        for c in range(some):
+                            pixels[start + c] += d[k // 5, k % 5, c]
+
+
+def outputs(made, y):
+    """A^T m A of each tile of made (25, B * tiles, C), into y (B, H, W, C); what lies outside of y is dropped."""
+    count, height, width, channels = y.shape
+    down, across = (height + 2) // 3, (width + 2) // 3
+    pixels, places, plane = y.reshape(-1), made.reshape(-1), made.shape[1] * channels
+    for row in numba.prange(count * down):
+        image, i = row // down, row % down
+        d, t = np.empty((5, 5, LANES), np.float32), np.empty((3, 5, LANES), np.float32)
+        for j in range(across):
+            for first in range(0, channels, LANES):
+                some = uintp(min(LANES, channels - first))
+                for k in range(25):
+                    start = uintp(k * plane + (row * across + j) * channels + first)
+                    for c in range(some):
+                        d[k // 5, k % 5, c] = places[start + c]
+                for k in range(5):
+                    for c in range(LANES):
+                        t[0, k, c], t[1, k, c], t[2, k, c] = output(d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
+                for k in range(3):
+                    for c in range(LANES):
+                        d[k, 0, c], d[k, 1, c], d[k, 2, c] = output(t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
+                for k in range(9):
+                    high, wide = 3 * i + k // 3, 3 * j + k % 3
+                    if high < height and wide < width:
+                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        for c in range(some):
+                            pixels[start + c] = d[k // 3, k % 3, c]
+
+
+def outputs_back(gradient, made):
+    """The adjoint of `outputs`, of gradient (B, H, W, C), into made (25, B * tiles, C)."""
+    count, height, width, channels = gradient.shape
+    down, across = (height + 2) // 3, (width + 2) // 3
+    pixels, places, plane = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels
+    for row in numba.prange(count * down):
+        image, i = row // down, row % down
+        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 3, LANES), np.float32)
+        for j in range(across):
+            for first in range(0, channels, LANES):
+                some = uintp(min(LANES, channels - first))
+                for k in range(9):
+                    high, wide = 3 * i + k // 3, 3 * j + k % 3
+                    if high < height and wide < width:
+                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        for c in range(some):
+                            d[k // 3, k % 3, c] = pixels[start + c]
+                    else:
+                        d[k // 3, k % 3] = 0
+                for k in range(3):
+                    for c in range(LANES):
+                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = output_back(d[0, k, c], d[1, k, c], d[2, k, c])
+                for k in range(5):
+                    for c in range(LANES):
+                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = output_back(t[k, 0, c], t[k, 1, c], t[k, 2, c])
+                for k in range(25):
+                    start = uintp(k * plane + (row * across + j) * channels + first)
+                    for c in range(some):
+                        places[start + c] = d[k // 5, k % 5, c]

@@ -390,8 +390,8 @@ def import_ffcv():
     whole dictionary; the constants are only ever read by Python, so a plain dictionary serves them as well.
     """
     if "ffcv" not in sys.modules:
-        from seresnet.compiled import take_wide_vectors
-        take_wide_vectors()    # while numba has compiled nothing yet
+        from seresnet.compiled import set_up_numba
+        set_up_numba()    # while numba has compiled nothing yet
         import numba.typed
         typed_dictionary = numba.typed.Dict
         numba.typed.Dict = dict

@@ -66,7 +66,7 @@ def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch
     elif fault == "setting":
         monkeypatch.setattr(numba, "set_num_threads", refuse(ValueError("No threading layer could be loaded")))
     else:
-        monkeypatch.setattr(compiled, "take_wide_vectors", refuse(OSError("Could not find/load shared object file")))
+        monkeypatch.setattr(compiled, "set_up_numba", refuse(OSError("Could not find/load shared object file")))
     assert (compiled.passes.__wrapped__() is not None) == works
 
 
@@ -98,6 +98,19 @@ def test_gelu_is_torchs_for_every_bfloat16(source):
     negative = every < -4    # where the share stays at 3e-5
     assert ((y.double() - exact).abs() <= 2e-4 + 2**-8 * exact.abs())[~negative].all()
     assert (y.double().abs() <= 4e-5 * every.double().abs())[negative].all()
+
+
+def test_gelu_in_float32_is_torchs_within_a_millionth(source):
+    x = torch.linspace(-12, 12, 100_001)
+    y, unit = torch.empty_like(x), np.ones((1, 1), np.float32)
+    bits = compiled.bits(x.view(1, -1, 1))
+    compiled.passes().activate(bits, bits, unit, 0 * unit, 0.0, compiled.bits(y.view(1, -1, 1)))
+    exact = x.double().requires_grad_()
+    torch.nn.functional.gelu(exact).sum().backward()
+    assert torch.allclose(y.double(), torch.nn.functional.gelu(exact.detach()), rtol=2e-7, atol=2e-6)
+    slopes = np.array([source.fine_gelu_slope(u) for u in x[::100].numpy()])
+    assert np.allclose(slopes, exact.grad[::100].numpy(), rtol=0, atol=2e-6)
+    assert torch.allclose(y[x.abs() < 5].double(), torch.nn.functional.gelu(exact.detach())[x.abs() < 5], rtol=2e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("u", [-9.0, -4.1, -3.9, -2.0, -0.75, -1e-3, 0.0, 1e-20, 0.3, 1.0, 2.5, 3.99, 4.01, 30.0])

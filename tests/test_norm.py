@@ -38,7 +38,7 @@ def train(x, shortcut, gated, exact=False, scale=0.3, activation=None):
     if exact:
         x, shortcut = (None if t is None else t.detach().double().requires_grad_() for t in (x, shortcut))
         layer, gate = layer.double(), gate.double() if gated else None
-    with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         y = norm.normalise(x, layer, activation or nn.GELU(), gate, shortcut, scale)
     y.backward(images(*y.shape, seed=3).to(y.dtype))
     leaves = [x, *([shortcut] if shortcut is not None else []), *parameters]
@@ -65,6 +65,19 @@ def test_it_is_what_float64_makes_layer_by_layer(shape, with_shortcut, gated, al
         assert torch.allclose(mine, theirs, rtol=0, atol=0.015 * float(theirs.abs().max()) + 1e-3), (mine - theirs).abs().max()
     for mine, theirs in zip(got[-2:], expected[-2:]):    # running statistics are float32 throughout
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_float32_it_is_what_float64_makes_within_float32s_rounding(shape, with_shortcut, gated, always):
+    """Of the largest number: GELU within 1e-6 and its slope within 2e-6 are the coarsest of it."""
+    x = images(*shape, seed=0, dtype=torch.float32) * 2 + torch.arange(shape[1])[:, None, None] * 0.1
+    shortcut = images(*shape, seed=2, dtype=torch.float32) if with_shortcut else None
+    got = train(x.contiguous(memory_format=torch.channels_last), shortcut, gated)
+    assert len(always) == 1
+    for mine, theirs in zip(got, train(x, shortcut, gated, exact=True), strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()) + 2e-6), (mine - theirs).abs().max()
 
 
 def test_statistics_keep_their_digits_where_the_mean_is_large(always):
@@ -128,7 +141,7 @@ class Other(nn.BatchNorm2d):
     """Such as the one that several processes share."""
 
 
-@pytest.mark.parametrize("why", ["float32", "evaluation", "no gradient is wanted", "channels first", "a shortcut laid out otherwise",
+@pytest.mark.parametrize("why", ["float64", "evaluation", "no gradient is wanted", "channels first", "a shortcut laid out otherwise",
                                  "another activation", "gelu by tanh", "another normalisation", "no scale and shift", "no running statistics",
                                  "a cumulative average", "little", "no numba", "bfloat16 throughout"])
 def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
@@ -137,7 +150,8 @@ def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
              "a cumulative average": nn.BatchNorm2d(6, momentum=None), "bfloat16 throughout": nn.BatchNorm2d(6).bfloat16()}
     layer = layer.get(why, nn.BatchNorm2d(6)).train(why != "evaluation")
     activation = {"another activation": nn.SiLU(), "gelu by tanh": nn.GELU("tanh")}.get(why, nn.GELU())
-    x = images(5, 6, 4, 4, seed=0, dtype=torch.float32 if why == "float32" else torch.bfloat16)
+    x = images(5, 6, 4, 4, seed=0, dtype=torch.float64 if why == "float64" else torch.bfloat16)
+    layer = layer.double() if why == "float64" else layer
     x = (x.contiguous() if why == "channels first" else x).requires_grad_(why != "no gradient is wanted")
     shortcut = images(5, 6, 4, 4, seed=1).contiguous() if why == "a shortcut laid out otherwise" else None
     if why == "little":

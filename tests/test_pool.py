@@ -25,21 +25,23 @@ def both_ways(x, layer):
     return results
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count, channels, height, width", [(3, 64, 26, 26), (1, 5, 7, 9), (4, 33, 2, 3), (2, 1, 6, 5), (50, 8, 4, 4)])
-def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channels, height, width, always):
+def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channels, height, width, dtype, always):
     """Ties among them: 50 x 8 x 4 x 4 bfloat16 values of a normal distribution hold hundreds."""
-    x = batch(count, channels, height, width)
+    x = batch(count, channels, height, width).detach().to(dtype).requires_grad_()
     mine, of_mine, theirs, of_theirs = both_ways(x, pool.MaxPool2x2())
     assert len(always) == 1
     assert torch.equal(mine, theirs) and torch.equal(of_mine, of_theirs)
     for tensor in (mine, of_mine):
-        assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous(memory_format=torch.channels_last)
+        assert tensor.dtype == dtype and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf"), 3e38, -1e-40])
 @pytest.mark.parametrize("place", range(4))
-def test_what_is_no_ordinary_number_passes_as_in_torch(value, place, always):
-    x = batch(2, 3, 4, 4).detach()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_no_ordinary_number_passes_as_in_torch(dtype, value, place, always):
+    x = batch(2, 3, 4, 4, dtype).detach()
     x[0, 1, 2 + place // 2, place % 2] = value
     x[1] = value    # and everywhere
     mine, of_mine, theirs, of_theirs = both_ways(x.requires_grad_(), pool.MaxPool2x2())
@@ -55,7 +57,7 @@ def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(always):
 
 
 @pytest.mark.parametrize("why, change", [
-    ("float32", dict(dtype=torch.float32)), ("no gradient is wanted", dict(grad=False)),
+    ("float64", dict(dtype=torch.float64)), ("no gradient is wanted", dict(grad=False)),
     ("channels first", dict(layout=torch.contiguous_format))])
 def test_torch_does_it_elsewhere(why, change, always):
     x = batch(2, 3, 6, 6, change.get("dtype", torch.bfloat16)).detach()

@@ -1,0 +1,159 @@
+"""winograd: the same convolution and gradients with fewer multiplications, chosen where it pays."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seresnet import compiled, conv, winograd
+from seresnet.model import SEResNet
+
+
+@pytest.fixture
+def always(calls_of, monkeypatch):
+    """Small convolutions take Winograd's way, too; the list of what it is called with."""
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "LEAST_TRAINED", 1)
+    monkeypatch.setattr(winograd, "LEAST_FORWARDS", 1)
+    return calls_of(winograd.Winograd)
+
+
+def tensors(count, c_in, c_out, height, width, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(count, c_in, height, width).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    return x, (torch.randn(c_out, c_in, 3, 3) / (3 * c_in**0.5)).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def gradients(output, leaves):
+    torch.manual_seed(1)
+    return torch.autograd.grad(output, leaves, torch.randn(output.shape).to(output.dtype))
+
+
+def assert_close(output, x, weight, function):
+    """Output and gradients are what float64 makes of the same, within 1e-5 of the largest: float32's own rounding of long sums."""
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = function(*leaves)
+    for mine, theirs in zip([output.detach(), *gradients(output, (x, weight))], [exact.detach(), *gradients(exact, leaves)], strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        assert torch.allclose(mine.double(), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("c_in, c_out", [(1, 1), (5, 7), (64, 3), (65, 130)])
+@pytest.mark.parametrize("padding, height, width", [(1, 6, 6), (1, 7, 7), (1, 1, 1), (1, 2, 11), (1, 13, 4), (0, 3, 3), (0, 14, 8), (2, 4, 5)])
+def test_it_is_what_float64_makes(padding, height, width, c_in, c_out, always):
+    x, weight = tensors(5, c_in, c_out, height, width)
+    output = conv.convolve(x, weight, stride=1, padding=padding)
+    of_x, = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    assert len(always) == 1 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (output, of_x))
+    assert_close(output, x, weight, lambda x, w: F.conv2d(x, w, padding=padding))
+
+
+@pytest.mark.parametrize("together", [1, 5, 8, 1000])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_any_number_of_images_is_taken_in_parts(count, together, always, monkeypatch):
+    monkeypatch.setattr(winograd, "TOGETHER", together)    # tiles; an image has four
+    x, weight = tensors(count, 3, 4, 5, 6)
+    output = conv.convolve(x, weight, 1, 1)
+    assert len(always) == 1
+    assert_close(output, x, weight, lambda x, w: F.conv2d(x, w, padding=1))
+
+
+def test_no_images_are_none(always):
+    x, weight = tensors(0, 3, 4, 5, 6)
+    output = winograd.Winograd.apply(x, weight, 1, 5, 6)
+    of_x, of_weight = gradients(output, (x, weight))
+    assert output.shape == (0, 4, 5, 6) and of_x.shape == x.shape and torch.equal(of_weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("height, width", [(7, 7), (6, 7), (7, 6), (15, 2), (8, 8)])
+def test_what_pooling_drops_is_not_computed(height, width, always):
+    torch.manual_seed(0)
+    layer = conv.ConvBeforePool(4, 6).to(memory_format=torch.channels_last)
+    x, _ = tensors(9, 4, 6, height, width)
+    output = F.max_pool2d(layer(x), 2)
+    assert len(always) == 1 and always[0][3:] == (height // 2 * 2, width // 2 * 2)
+    assert_close(output, x, layer.weight, lambda x, w: F.max_pool2d(F.conv2d(x, w, padding=1), 2))
+
+
+def test_a_gradient_that_is_expanded_is_taken_and_a_graph_may_be_walked_twice(always):
+    x, weight = tensors(3, 4, 5, 6, 6)
+    output = conv.convolve(x, weight, 1, 1)
+    output.sum().backward(retain_graph=True)    # its gradient is one number, expanded
+    once = x.grad.clone(), weight.grad.clone()
+    output.sum().backward()
+    assert len(always) == 1 and all(torch.equal(t.grad, 2 * first) and first.abs().max() > 0 for t, first in zip((x, weight), once))
+
+
+def test_a_second_derivative_is_refused_not_wrong(always):
+    x, weight = tensors(4, 3, 3, 4, 4)
+    of_weight, = torch.autograd.grad(conv.convolve(x, weight, 1, 1).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        of_weight.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["weight", "x", "neither"])
+def test_only_what_is_wanted_is_computed(wanted, always, monkeypatch):
+    products, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args, **options: products.append(args) or bmm(*args, **options))
+    x, weight = tensors(4, 3, 3, 6, 6)
+    x, weight = (t.detach().requires_grad_(wanted == name) for t, name in ((x, "x"), (weight, "weight")))
+    output = conv.convolve(x, weight, 1, 1)
+    assert len(always) == len(products) == 1 and output.requires_grad == (wanted != "neither")
+    if output.requires_grad:
+        output.sum().backward()
+    assert len(products) == 1 + (wanted == "x") and (x.grad is None) == (wanted != "x") and (weight.grad is None) == (wanted != "weight")
+
+
+def test_it_repeats_to_the_bit(always):
+    x, weight = tensors(20, 16, 24, 9, 9)
+    first, second = ([output.detach(), *gradients(output, (x, weight))]
+                     for output in (conv.convolve(x, weight, 1, 1) for _ in range(2)))
+    assert len(always) == 2 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("why", ["bfloat16", "float64", "autocast", "stride", "1x1", "5x5", "little", "no numba", "channels first", "traced"])
+def test_torch_does_it_elsewhere(why, always, monkeypatch):
+    x, weight = tensors(4, 3, 3, 6, 6, {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(why, torch.float32))
+    weight = weight.detach().to(x.dtype).requires_grad_(why != "traced")
+    if why in ("1x1", "5x5"):
+        weight = torch.randn(3, 3, int(why[0]), int(why[0])).requires_grad_()
+    if why == "channels first":
+        x = x.detach().contiguous()
+    if why == "little":
+        monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
+    if why == "no numba":
+        monkeypatch.setattr(compiled, "passes", lambda: None)
+    stride, padding = 2 if why == "stride" else 1, weight.shape[2] // 2
+
+    def convolve(x):
+        return conv.convolve(x, weight, stride, padding)
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        output = torch.jit.trace(convolve, x.detach(), check_trace=False)(x.detach()) if why == "traced" else convolve(x)
+        expected = F.conv2d(x, weight, stride=stride, padding=padding)
+    assert not always and output.dtype == expected.dtype and torch.equal(output, expected), why
+
+
+@pytest.mark.parametrize("c_in, c_out, both_ways, forwards", [(24, 512, False, False), (64, 64, True, False), (48, 64, False, False),
+                                                              (64, 128, True, True), (288, 288, True, True)])
+def test_few_channels_are_left_to_torch(c_in, c_out, both_ways, forwards, calls_of):
+    x, weight = tensors(1, c_in, c_out, 4, 4)
+    assert winograd.pays(x, weight, stride=1) == both_ways
+    with torch.no_grad():
+        assert winograd.pays(x, weight, stride=1) == forwards
+
+
+def test_a_net_trains_and_predicts_alike_either_way(always, monkeypatch):
+    torch.manual_seed(0)
+    net = SEResNet(blocks=[1, 1], channels=[8, 12], classes=10, image_size=16, block_depth=2, downsample="pool", se="block",
+                   activation="gelu", se_reduction=2, shortcut_scale=0.3).to(memory_format=torch.channels_last)
+    x, _ = tensors(32, 3, 3, 16, 16)
+    start, results = {k: v.clone() for k, v in net.state_dict().items()}, []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(compiled, "LEAST", least)
+        net.load_state_dict(start)
+        net.zero_grad()
+        logits = net.train()(x.detach())
+        F.cross_entropy(logits, torch.arange(32) % 10).backward()
+        with torch.no_grad():
+            results.append([logits.detach(), net.eval()(x), *(p.grad.clone() for p in net.parameters())])
+    assert len(always) == 2 * 7    # of either way; the stem's, two before pooling, four in blocks
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=2e-4 * float(theirs.abs().max()) + 1e-7), (mine - theirs).abs().max()
