@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from seresnet import runtime
-
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}    # what a number's bits are passed as
 LEAST = 1 << 20    # elements from which loading the compiled code, some tenths of a second once, is worth it
 
@@ -39,6 +37,15 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 def has_matrix_units() -> bool:
     """Whether the CPU has AMX tiles, with which torch convolves in bfloat16."""
     return torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def has_bf16(device: torch.device = torch.device("cpu")) -> bool:
+    """Whether the device multiplies in bfloat16, so that it is faster than float32 there: CPUs with AVX-512 BF16 or AMX, NVIDIA GPUs
+    from compute capability 8.0. Elsewhere torch can do it, and takes up to fifty times as long."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or has_matrix_units())
 
 
 def set_up_numba() -> None:
@@ -88,7 +95,7 @@ def passes() -> SimpleNamespace | None:
         try:
             found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
                                        for function in functions})
-            _try(found, np.int16 if runtime.cpu_has_bf16() else np.int32)
+            _try(found, np.int16 if has_bf16() else np.int32)
             return found if numba.threading_layer() in ("omp", "tbb") else None
         except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
             continue

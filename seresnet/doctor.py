@@ -20,7 +20,7 @@ NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs"
 OPTIONAL = {
     "ffcv": ("streaming of sets that do not fit into memory", "make setup, or: README, \"Install\""),
     "torchvision": ("downloads of CIFAR-10", "pip install torchvision"), "sklearn": ("the digits set", "pip install scikit-learn"),
-    "numba": ("compiled pooling and normalisation, which make a step 1.17 times as fast on a CPU with AMX", "pip install numba"),
+    "numba": ("compiled parts of a step on a CPU: 1.17 times as fast in bf16 with AMX, twice as fast in fp32", "pip install numba"),
     "matplotlib": ("pictures", "pip install matplotlib, or --report.curves false"),
     "tqdm": ("progress bars", "pip install tqdm"),
     "pyarrow": ("parquet files", "pip install pyarrow"), "tensorboard": ("report.tensorboard", "pip install tensorboard"),
@@ -63,7 +63,7 @@ def examine(data: Path) -> Iterator[Finding]:
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
         bf16 = machine["cpu_bf16"]
         yield Finding("bf16 on the CPU", True if bf16 != "none" else None, str(bf16) if bf16 != "none" else
-                      "none: the CPU trains in fp32, several times slower")
+                      "none: trainings run in fp32, several times slower than with AMX")
         yield Finding("cores", machine["cores"] > 1 or None, f"{machine['cores']}, torch uses {machine['torch_threads']}")
     free = runtime.free_memory_of_machine() / 2**30
     yield Finding("free memory", free >= 2 or None, f"{free:.1f} GiB", "" if free >= 2 else "smaller loader.batch_size, loader.mode stream")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from seresnet.compiled import has_bf16
+
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
 DECAYS = ("weights", "all")
@@ -170,14 +172,15 @@ def _orthogonal_updates(updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return results
 
 
-def orthogonalise(matrices: torch.Tensor, steps: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def orthogonalise(matrices: torch.Tensor, steps: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(B, R, C) -> float32 (B, R, C): U V^T of each matrix's singular value decomposition U S V^T, roughly.
 
     `steps` rounds of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024): singular values
     end between about 0.5 and 1.2 rather than at 1, which costs training nothing; those that were small beside the
     Frobenius norm, below a hundredth, stay small after three rounds, which raise them at most 41 times. Products are
-    computed in `dtype`.
+    computed in `dtype`, without it in bfloat16 where the device has it, else in float32.
     """
+    dtype = dtype or (torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.float()
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)    # no singular value above 1: it converges

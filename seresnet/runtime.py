@@ -645,19 +645,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         if precision == "fp16" and device.type == "cpu":
             raise UserError("run.precision: fp16 needs a GPU: use auto, bf16 or fp32 on a CPU")
         return named[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and cpu_has_bf16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX), so that bf16 is faster than fp32 on it."""
-    import torch
-
-    from seresnet.compiled import has_matrix_units
-    return torch.cpu._is_avx512_bf16_supported() or has_matrix_units()
+    from seresnet.compiled import has_bf16
+    return torch.bfloat16 if has_bf16(device) else torch.float16 if device.type == "cuda" else torch.float32
 
 
 def stream_seed(*parts: int) -> int:
@@ -673,14 +662,15 @@ def describe_machine() -> dict[str, str | int]:
     """What a figure was measured on: processor, cores, memory, GPU, system."""
     import torch
 
-    from seresnet.compiled import has_matrix_units
+    from seresnet.compiled import has_bf16, has_matrix_units
     facts: dict[str, str | int] = {"system": platform.platform(), "processor": _processor_name(),
                                    "cores": available_cores(), "torch_threads": torch.get_num_threads()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    facts["cpu_bf16"] = ("AMX" if has_matrix_units() else "AVX-512") if cpu_has_bf16() else "none"
+    facts["cpu_bf16"] = ("AMX" if has_matrix_units() else "AVX-512") if has_bf16() else "none"
+    facts["cpu_vectors"] = torch.backends.cpu.get_cpu_capability()
     facts["allocator"] = allocator_state()
     return facts
 

@@ -150,10 +150,19 @@ def test_orthogonalising_in_bf16_is_near_the_exact_polar_factor():
     torch.manual_seed(1)
     matrices = torch.randn(2, 64, 576)
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-    got, want = optim.orthogonalise(matrices, steps=5).double(), u @ vh
+    got, want = optim.orthogonalise(matrices, steps=5, dtype=torch.bfloat16).double(), u @ vh
     cosine = (got * want).sum((1, 2)) / got.norm(dim=(1, 2)) / want.norm(dim=(1, 2))
     assert cosine.min() > 0.98 and got.isfinite().all()
     assert optim.orthogonalise(torch.zeros(1, 4, 8)).abs().max() == 0
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_orthogonalising_counts_in_what_the_device_multiplies_in(native, dtype, monkeypatch):
+    """Emulated, bfloat16 took fifty times as long as float32 on a CPU, and longer than the rest of a step."""
+    asked = []
+    monkeypatch.setattr(optim, "has_bf16", lambda device: asked.append(device) or native)
+    matrices = torch.randn(2, 16, 40)
+    assert torch.equal(optim.orthogonalise(matrices), optim.orthogonalise(matrices, dtype=dtype)) and asked == [matrices.device]
 
 
 def test_orthogonalising_as_a_training_does_it_levels_what_is_not_tiny():

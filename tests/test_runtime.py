@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seresnet import runtime
+from seresnet import compiled, runtime
 from seresnet.runtime import UserError
 
 
@@ -130,7 +130,7 @@ def test_memory_is_what_the_batch_system_leaves(tmp_path, version, limit, usage)
 def test_number_formats():
     cpu = torch.device("cpu")
     assert runtime.pick_dtype("fp32", cpu) == torch.float32 and runtime.pick_dtype("bf16", cpu) == torch.bfloat16
-    assert runtime.pick_dtype("auto", cpu) == (torch.bfloat16 if runtime.cpu_has_bf16() else torch.float32)
+    assert runtime.pick_dtype("auto", cpu) == (torch.bfloat16 if compiled.has_bf16() else torch.float32)
     with pytest.raises(UserError, match="run.precision: fp16 needs a GPU"):
         runtime.pick_dtype("fp16", cpu)
 
