@@ -19,8 +19,8 @@ def worth_it(x: torch.Tensor) -> bool:
 
 def may_read(x: torch.Tensor) -> bool:
     """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, channels-last, and large."""
-    return (x.dtype in BITS and x.device.type == "cpu" and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and passes() is not None)
+    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing() and x.dtype in BITS and x.device.type == "cpu"
+            and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last) and passes() is not None)
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

@@ -139,6 +139,7 @@ def coded_as(value, bits):
 
 @overload(order, inline="always")
 def order_of(bits):
+    """Of negative numbers all bits but the sign's are turned over, so that they, too, rise with the number."""
     if bits == int16:
         return lambda bits: int16(int16(bits ^ ((bits >> 15) & 0x7fff)) - 127)
     return lambda bits: int32(int32(bits ^ ((bits >> int32(31)) & int32(0x7fffffff))) - int32(0x7fffff))

@@ -22,8 +22,8 @@ def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
     benchmarks/convolutions.py --precision fp32. Forwards alone, where no gradient is wanted, more channels are needed than both ways."""
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     least = LEAST_TRAINED if trains else LEAST_FORWARDS
-    return (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
-            and weight.shape[0] * weight.shape[1] >= least and not torch.is_autocast_enabled("cpu") and may_read(x))
+    return (may_read(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")    # may_read first: for traces
+            and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS and weight.shape[:2].numel() >= least)
 
 
 class Winograd(torch.autograd.Function):
