@@ -13,8 +13,8 @@ LEAST = 1 << 20    # elements from which loading the compiled code, some tenths 
 
 
 def worth_it(x: torch.Tensor) -> bool:
-    """Whether compiled passes of a training may take x (B, C, H, W): they may read it, and it wants a gradient."""
-    return torch.is_grad_enabled() and x.requires_grad and may_read(x)
+    """Whether compiled passes may take x (B, C, H, W): they may read it, and it wants a gradient, or none is kept anywhere."""
+    return (x.requires_grad or not torch.is_grad_enabled()) and may_read(x)
 
 
 def may_read(x: torch.Tensor) -> bool:

@@ -18,11 +18,14 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     x, shortcut, result: (B, C, H, W). gate: a SqueezeExcitation. In few passes neither the layers' own hooks nor those of the gate
     are called.
     """
-    if (type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+    if (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
             and type(activation) is nn.GELU and activation.approximate == "none"
             and (shortcut is None or abs(scale) > LEAST_SCALE and shortcut.dtype == x.dtype and shortcut.shape == x.shape
-                 and shortcut.is_contiguous(memory_format=torch.channels_last)) and worth_it(x)):
+                 and shortcut.is_contiguous(memory_format=torch.channels_last))
+            and (norm.training or not torch.is_grad_enabled()) and worth_it(x)):
+        if not norm.training:
+            return _evaluated(norm, gate, scale, x, shortcut)
         return _FewPasses.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
     x = norm(x)
     if gate is not None:
@@ -30,6 +33,20 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     if shortcut is not None:
         x = torch.add(x, shortcut, alpha=scale)
     return activation(x)
+
+
+def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+    """`normalise` with the running statistics and GELU, without gradients, in one pass over memory; with gate another looks at the means."""
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    a, d = factor[None], (norm.bias - norm.running_mean * factor)[None]
+    if gate:
+        total, squares = (torch.empty(x.shape[:2]) for _ in range(2))
+        passes().sums(_flat(x), torch.zeros(x.shape[1]).numpy(), total.numpy(), squares.numpy())
+        gates = gate.gate(total / (x.shape[2] * x.shape[3]) * a + d).float()
+        a, d = a * gates, d * gates
+    y = torch.empty_like(x)
+    passes().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), scale if shortcut is not None else 0.0, _flat(y))
+    return y
 
 
 class _FewPasses(torch.autograd.Function):

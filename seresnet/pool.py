@@ -1,4 +1,4 @@
-"""2x2 max-pooling: torch's, and compiled by numba where memory sets the pace: training on a CPU."""
+"""2x2 max-pooling: torch's, and compiled by numba where memory sets the pace: on a CPU."""
 from __future__ import annotations
 
 import torch

@@ -239,7 +239,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("module, arguments, table", [
-    ("benchmarks.epochs", ("--epochs", 1), "| backward |"), ("benchmarks.loader", ("--rounds", 1), "| ours, stream: uint8 |")])
+    ("benchmarks.epochs", ("--epochs", 1), "| backward |"), ("benchmarks.loader", ("--rounds", 1), "| ours, stream: uint8 |"),
+    ("benchmarks.parts", ("--rounds", 1), "1 steps of"), ("benchmarks.parts", ("--rounds", 1, "--evaluation"), "1 evaluation steps of")])
 def test_benchmarks_print_their_table_and_keep_it(digits, module, arguments, table):
     done = subprocess.run([sys.executable, "-m", module, "--config-file", "rn_configs/digits.yaml", "--beton.train",
                            digits / "data/digits_train.beton", "--beton.test", digits / "data/digits_test.beton",
@@ -251,5 +252,8 @@ def test_benchmarks_print_their_table_and_keep_it(digits, module, arguments, tab
     if module == "benchmarks.epochs":
         assert set(record["seconds"]) == {"data_wait", "augmentation", "forward", "backward", "optimizer", "rest", "evaluation"}
         assert 0 < record["share_of_matrix_product"] < 1 and record["flop_per_image"] > 1e5
+    elif module == "benchmarks.parts":
+        assert len(record["seconds"]) == 4 and all(len(times) == 1 and times[0] > 0 for times in record["seconds"].values())
+        assert record["evaluation"] == ("--evaluation" in arguments)
     else:
         assert len(record["rows"]) == 6 and all(row["images_per_second"] > 0 for row in record["rows"])

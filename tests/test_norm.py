@@ -80,6 +80,29 @@ def test_in_float32_it_is_what_float64_makes_within_float32s_rounding(shape, wit
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()) + 2e-6), (mine - theirs).abs().max()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.015), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, with_shortcut, gated, without, dtype, tolerance, always, monkeypatch):
+    layer, gate = layers(shape[1], gated)
+    nn.init.normal_(layer.running_mean, 0.5)
+    nn.init.uniform_(layer.running_var, 0.5, 2)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    x, shortcut = images(*shape, seed=0, dtype=dtype) * 2, images(*shape, seed=2, dtype=dtype) if with_shortcut else None
+    kept, calls, evaluated = x.clone(), [], norm._evaluated
+    monkeypatch.setattr(norm, "_evaluated", lambda *arguments: calls.append(arguments) or evaluated(*arguments))
+    with without():
+        y = norm.normalise(x, layer, nn.GELU(), gate, shortcut, 0.3)
+        exact = [None if part is None else copy.deepcopy(part).double() for part in (layer, gate)]
+        expected = norm.normalise(x.double(), exact[0], nn.GELU(), exact[1], None if shortcut is None else shortcut.double(), 0.3)
+    assert len(calls) == 1 and not always and torch.equal(x, kept) and y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last) and all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    assert torch.allclose(y.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 2e-6), (y - expected).abs().max()
+
+
 def test_statistics_keep_their_digits_where_the_mean_is_large(always):
     x = (images(50, 4, 6, 6, seed=0) * 8 + 3000).to(torch.bfloat16)    # steps of 16: a few different values
     got, expected = train(x, None, False), train(x, None, False, exact=True)
@@ -178,6 +201,9 @@ def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, al
         with torch.autocast("cpu", torch.bfloat16):
             nn.functional.cross_entropy(net(x).float(), torch.arange(64) % 10).backward()
         results.append({name: p.grad.flatten().clone() for name, p in net.named_parameters()})
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            results[-1]["logits"] = net.eval()(x).float().flatten()
+        net.train()
     assert len(always) == 1 + 2 * (depth + (downsample == "pool"))    # every normalisation, the stem's first
     assert all(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0) > 0.98 for name in results[0]), {
         name: float(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0)) for name in results[0]}

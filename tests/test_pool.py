@@ -57,14 +57,21 @@ def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(always):
 
 
 @pytest.mark.parametrize("why, change", [
-    ("float64", dict(dtype=torch.float64)), ("no gradient is wanted", dict(grad=False)),
+    ("float64", dict(dtype=torch.float64)), ("its input is frozen", dict(grad=False)),
     ("channels first", dict(layout=torch.contiguous_format))])
 def test_torch_does_it_elsewhere(why, change, always):
     x = batch(2, 3, 6, 6, change.get("dtype", torch.bfloat16)).detach()
-    x = x.contiguous(memory_format=change.get("layout", torch.channels_last)).requires_grad_()
-    with torch.set_grad_enabled(change.get("grad", True)):
+    x = x.contiguous(memory_format=change.get("layout", torch.channels_last)).requires_grad_(change.get("grad", True))
+    assert torch.equal(pool.MaxPool2x2()(x), F.max_pool2d(x, 2)) and not always, why
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_takes_it_too(dtype, without, always):
+    x = batch(3, 33, 7, 9, dtype).detach()
+    with without():
         output = pool.MaxPool2x2()(x)
-    assert not always and torch.equal(output, F.max_pool2d(x, 2)), why
+    assert len(always) == 1 and torch.equal(output, F.max_pool2d(x, 2)) and output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
