@@ -75,10 +75,12 @@ def main() -> None:
     parser.add_argument("--out", help="folder for convolutions.json")
     own = parser.parse_args()
     runtime.tune_allocator()
-    from seresnet import conv    # loads torch, which has to come after the allocator's restart
+    from seresnet import compiled, conv    # which load torch, and that has to come after the allocator's restart
     problems = [f"--sides: got {side}, expected {conv.ROW - 1} and fewer" for side in own.sides if side >= conv.ROW]
     problems += [f"--{name}: got {value}, expected 1 and more" for name, values in vars(own).items() if name not in ("out", "precision")
                 for value in (values if isinstance(values, list) else [values]) if value < 1]
+    if own.precision == "fp32" and compiled.passes() is None:
+        problems.append("--precision fp32: Winograd's filtering needs numba, which is missing, turned off or does not work here")
     if problems:
         raise runtime.UserError(*problems)
     results = [measure(side, channels, own.batch, own.rounds, own.precision) for channels in own.channels for side in own.sides]

@@ -126,7 +126,7 @@ def table(result: dict) -> str:
     lines.append(f"| training in all | {result['train_seconds']:.2f} ({result['train_seconds_min']:.2f} to "
                  f"{result['train_seconds_max']:.2f}, n = {result['epochs']}) | 100% |")
     lines.append(f"\n{result['images_per_second']:,.0f} images/s; {result['flop_per_image'] / 1e9:.3f} GFLOP an image "
-                 f"(forward + backward); {result['flop_per_second'] / 1e12:.3f} TFLOP/s, "
+                 f"(forward + backward, convolutions as they are written); {result['flop_per_second'] / 1e12:.3f} TFLOP/s, "
                  f"{result['share_of_matrix_product']:.1%} of the {result['matrix_product_flop_per_second'] / 1e12:.2f} "
                  "TFLOP/s that a matrix product reaches here in the same number format")
     return "\n".join(lines)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}    # what a number's bits are passed as
-LEAST = 1 << 20    # elements from which loading the compiled code, some tenths of a second once, is worth it
+LEAST = 1 << 20    # elements from which it is worth loading the compiled code, some tenths of a second where it was compiled before
 
 
 def worth_it(x: torch.Tensor) -> bool:
@@ -18,8 +19,10 @@ def worth_it(x: torch.Tensor) -> bool:
 
 
 def may_read(x: torch.Tensor) -> bool:
-    """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, channels-last, and large."""
-    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing() and x.dtype in BITS and x.device.type == "cpu"
+    """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, channels-last, and large; not where torch only
+    looks on what is done (traces, modes of its dispatcher, torch.func)."""
+    return (not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _get_current_dispatch_mode() is None
+            and torch._C._functorch.peek_interpreter_stack() is None and x.dtype in BITS and x.device.type == "cpu"
             and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last) and passes() is not None)
 
 
@@ -42,7 +45,7 @@ def has_matrix_units() -> bool:
 @cache
 def has_bf16(device: torch.device = torch.device("cpu")) -> bool:
     """Whether the device multiplies in bfloat16, so that it is faster than float32 there: CPUs with AVX-512 BF16 or AMX, NVIDIA GPUs
-    from compute capability 8.0. Elsewhere torch can do it, and takes up to fifty times as long."""
+    from compute capability 8.0. Elsewhere torch can do it, and takes some fifty times as long."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or has_matrix_units())
@@ -50,7 +53,7 @@ def has_bf16(device: torch.device = torch.device("cpu")) -> bool:
 
 def set_up_numba() -> None:
     """Let numba use the CPU's widest vectors, and torch's threads. To be called before anything is decorated for it: it decides then,
-    for the whole process. What the user has set in numba's own variables stays.
+    for the whole process. What the user has set in numba's own variables stays, where it is not what numba has by default.
 
     LLVM prefers 256 of 512 bits, for CPUs that slow down with wider vectors; those with matrix units do not. Of numba's kinds of
     threads TBB comes first where it is installed (OpenCV brings it), whose threads then wait for a core on which torch's, of OpenMP,

@@ -360,7 +360,8 @@ def contradictions(c: Config) -> list[str]:
         found.append(f"optim.clip_norm, optim.clip_value: got {c.optim.clip_norm} and {c.optim.clip_value}, expected "
                      "one kind of clipping: set the other to 0")
     if c.optim.warmup_epochs > c.loop.epochs:
-        found.append(f"optim.warmup_epochs: got {c.optim.warmup_epochs}, expected at most loop.epochs = {c.loop.epochs}")
+        found.append(f"optim.warmup_epochs: got {c.optim.warmup_epochs}, expected at most loop.epochs = {c.loop.epochs}: give more epochs, "
+                     "or a shorter rise (--optim.warmup_epochs 0 for none)")
     if c.optim.schedule == "step" and not c.optim.milestones:
         found.append("optim.milestones: got none, expected the epochs at which optim.schedule: step lowers the rate")
     late = [m for m in c.optim.milestones if m >= c.loop.epochs]

@@ -16,7 +16,7 @@ from numba.extending import intrinsic, overload
 
 SATURATED = 4.0         # from here on the normal distribution is taken as constant: 3e-5 from 1
 SATURATED_FINE = 5.5    # and in float32 from here on: 2e-8 from 1
-HALF, ONE, END, PER_SQUARE = np.float32(0.5), np.float32(1), np.float32(SATURATED), np.float32(2 / SATURATED**2)
+ZERO, HALF, ONE, END, PER_SQUARE = np.float32(0), np.float32(0.5), np.float32(1), np.float32(SATURATED), np.float32(2 / SATURATED**2)
 END_FINE, PER_SQUARE_FINE = np.float32(SATURATED_FINE), np.float32(2 / SATURATED_FINE**2)
 
 
@@ -84,13 +84,13 @@ def gelu_slope(u):
 
 @numba.njit(inline="always", fastmath={"contract"})
 def fine(coefficients, u):
-    """Half more than the odd polynomial of these coefficients, at u."""
-    u = min(max(u, -END_FINE), END_FINE)
-    v = u * u * PER_SQUARE_FINE - ONE
+    """Half more than the odd polynomial of these coefficients, at u; 0 and 1 where it is saturated, since u may be large."""
+    inside = min(max(u, -END_FINE), END_FINE)
+    v = inside * inside * PER_SQUARE_FINE - ONE
     sum_ = coefficients[FINE]
     for k in range(FINE):
         sum_ = coefficients[FINE - 1 - k] + v * sum_
-    return HALF + u * sum_
+    return ZERO if u <= -END_FINE else ONE if u >= END_FINE else HALF + inside * sum_
 
 
 @numba.njit(inline="always", fastmath={"contract"})
@@ -158,7 +158,8 @@ def slope_as(u, bits):
 @numba.njit(inline="always", fastmath={"contract"})
 def before_gelu(value, a, d, scale, shortcut):
     """What GELU is taken of, of one value of x and the bits of its shortcut."""
-    return a * value + d + scale * number(shortcut)
+    added = scale * number(shortcut)
+    return a * value + d + (added if scale != ZERO else ZERO)    # nothing of an infinity
 
 
 def pool(x, pooled, taken):

@@ -40,9 +40,7 @@ def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, x: torch.Tensor, shortc
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
     a, d = factor[None], (norm.bias - norm.running_mean * factor)[None]
     if gate:
-        total, squares = (torch.empty(x.shape[:2]) for _ in range(2))
-        passes().sums(_flat(x), torch.zeros(x.shape[1]).numpy(), total.numpy(), squares.numpy())
-        gates = gate.gate(total / (x.shape[2] * x.shape[3]) * a + d).float()
+        gates = gate.gate(x.mean((2, 3), dtype=torch.float32) * a + d).float()
         a, d = a * gates, d * gates
     y = torch.empty_like(x)
     passes().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), scale if shortcut is not None else 0.0, _flat(y))
@@ -62,7 +60,7 @@ class _FewPasses(torch.autograd.Function):
     def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
         images, size = len(x), x.shape[2] * x.shape[3]
         count = images * size
-        total, squares = (torch.empty(images if gate else min(ROWS, images), x.shape[1]) for _ in range(2))
+        total, squares = (torch.empty(images if gate else min(ROWS, images), x.shape[1], dtype=torch.float32) for _ in range(2))
         pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
         passes().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
         shift = total.sum(0, dtype=torch.float64) / count
@@ -95,7 +93,7 @@ class _FewPasses(torch.autograd.Function):
         images, size = len(x), x.shape[2] * x.shape[3]
         count, factor = images * size, weight * deviation
         seen = (_flat(gradient), _flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale)
-        total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1]) for _ in range(2))
+        total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1], dtype=torch.float32) for _ in range(2))
         passes().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
         by_back, by_image, of_parameters = factor[None], 0.0, [None] * len(of_gate)
         if ctx.gating:

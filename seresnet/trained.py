@@ -62,7 +62,7 @@ class TrainedNet:
         with runtime.memory_explained(self.device, f"a batch of {batch_size} images of {side} x {side} pixels",
                                       f"give a batch size of {max(1, batch_size // 2)}"):
             for start in range(0, len(images), batch_size):
-                batch = torch.from_numpy(np.ascontiguousarray(images[start:start + batch_size])).to(self.device).permute(0, 3, 1, 2)
+                batch = torch.from_numpy(np.require(images[start:start + batch_size], requirements="CW")).to(self.device).permute(0, 3, 1, 2)
                 _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype, sure)
                 found.append(mean_view.exp().cpu().numpy())
         return np.concatenate(found)

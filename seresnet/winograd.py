@@ -23,7 +23,8 @@ def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     least = LEAST_TRAINED if trains else LEAST_FORWARDS
     return (may_read(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")    # may_read first: for traces
-            and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS and weight.shape[:2].numel() >= least)
+            and x.shape[1] == weight.shape[1] and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
+            and weight.shape[:2].numel() >= least)
 
 
 class Winograd(torch.autograd.Function):
@@ -32,7 +33,8 @@ class Winograd(torch.autograd.Function):
     Pixel (i, j) of the output is the sum over the 3x3 pixels of x from (i - padding, j - padding) on, zeros outside. Tiles of 3x3
     output pixels are taken apart, and in the transformed space the convolution is one product of matrices for each of 25 places
     (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray, arXiv 1509.09308, section 4.1). The backward pass is
-    the exact adjoint of each step. Errors are of the size that float32's own rounding makes in the plain sum (1e-6 of the whole).
+    the exact adjoint of each step; it is not differentiated itself. Errors are of the size that float32's own rounding makes in the
+    plain sum (1e-6 of the whole).
     """
 
     @staticmethod
@@ -50,21 +52,27 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        (x, weight), run = ctx.saved_tensors, passes()
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        images, back, filters = _rows(x), _rows(gradient), _transformed(weight).transpose(1, 2).contiguous()
-        height, width = gradient.shape[2:]
-        spread = x.new_empty(len(x), *x.shape[2:], x.shape[1]) if of_x else None
-        of_filters = x.new_zeros(PATCH**2, x.shape[1], len(weight))
-        for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
-            run.outputs_back(back[part], made.numpy())
-            if of_weight:
-                run.patches(images[part], ctx.padding, *_grid(height, width), seen.numpy())
-                of_filters.baddbmm_(seen.transpose(1, 2), made)
-            if of_x:
-                torch.bmm(made, filters, out=seen)
-                run.patches_back(seen.numpy(), ctx.padding, *_grid(height, width), spread[part].numpy())
-        return (spread.permute(0, 3, 1, 2) if of_x else None, _transformed_back(of_filters, weight) if of_weight else None, None, None, None)
+        with torch.autocast("cpu", enabled=False):    # the caller may have it on for the backward pass alone
+            return _gradients(ctx, gradient)
+
+
+def _gradients(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """By x and by weight, where they are wanted, and none by the rest."""
+    (x, weight), run = ctx.saved_tensors, passes()
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    images, back, filters = _rows(x), _rows(gradient), _transformed(weight).transpose(1, 2).contiguous()
+    height, width = gradient.shape[2:]
+    spread = x.new_empty(len(x), *x.shape[2:], x.shape[1]) if of_x else None
+    of_filters = x.new_zeros(PATCH**2, x.shape[1], len(weight))
+    for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
+        run.outputs_back(back[part], made.numpy())
+        if of_weight:
+            run.patches(images[part], ctx.padding, *_grid(height, width), seen.numpy())
+            of_filters.baddbmm_(seen.transpose(1, 2), made)
+        if of_x:
+            torch.bmm(made, filters, out=seen)
+            run.patches_back(seen.numpy(), ctx.padding, *_grid(height, width), spread[part].numpy())
+    return (spread.permute(0, 3, 1, 2) if of_x else None, _transformed_back(of_filters, weight) if of_weight else None, None, None, None)
 
 
 def _grid(height: int, width: int) -> tuple[int, int]:
@@ -78,7 +86,7 @@ def _parts(images: int, height: int, width: int, c_out: int, c_in: int):
     most = max(1, TOGETHER // (down * across))
     most = -(-images // -(-images // most)) if images else 1    # parts of nearly one size
     places = PATCH**2 * most * down * across
-    memory = torch.empty(places * c_in), torch.empty(places * c_out)
+    memory = torch.empty(places * c_in, dtype=torch.float32), torch.empty(places * c_out, dtype=torch.float32)
     for first in range(0, images, most):
         count = min(most, images - first)
         yield slice(first, first + count), *(

@@ -1,4 +1,5 @@
 """compiled: numba's code where numba works, in torch's threads; and what the passes do to numbers."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_a_cpu_with_matrix_units_gets_wide_vectors_whoever_compiles_first(first)
         print(cpu_target.target_context.codegen().magic_tuple()[-1])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0 and done.stdout.strip().endswith(",-prefer-256-bit"), done.stderr + done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere numba chooses")
+@pytest.mark.parametrize("asked, first", [("", "omp"), ("tbb workqueue omp", "tbb"), ("workqueue tbb omp", "workqueue")])
+def test_numbas_threads_are_torchs_unless_the_user_has_chosen_others(asked, first):
+    code = "from seresnet import compiled; compiled.set_up_numba(); import numba; print(*numba.config.THREADING_LAYER_PRIORITY)"
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_THREADING_LAYER_PRIORITY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                          env={**environment, **({"NUMBA_THREADING_LAYER_PRIORITY": asked} if asked else {})})
+    assert done.returncode == 0 and done.stdout.split()[0] == first, done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("fault, works", [("disk", True), ("damaged", True), ("jit", False), ("layer", False), ("setting", False), ("library", False)])

@@ -103,6 +103,19 @@ def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, with_short
     assert torch.allclose(y.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 2e-6), (y - expected).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+def test_what_is_infinite_or_far_away_is_what_the_layers_make_of_it(with_shortcut, dtype, always, monkeypatch):
+    layer, values = nn.BatchNorm2d(1).eval(), torch.tensor([float("inf"), 1e30, 1e3, 8, -8, -1e3, -1e30, float("nan"), 0])
+    x = values.view(1, 1, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    shortcut, ways = torch.zeros_like(x) if with_shortcut else None, []
+    with torch.inference_mode():
+        for least in (0, 1 << 60):
+            monkeypatch.setattr(compiled, "LEAST", least)
+            ways.append(norm.normalise(x, layer, nn.GELU(), None, shortcut, 0.3).flatten()[: 9 if dtype == torch.float32 else 4])
+    assert torch.allclose(*ways, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True), ways
+
+
 def test_statistics_keep_their_digits_where_the_mean_is_large(always):
     x = (images(50, 4, 6, 6, seed=0) * 8 + 3000).to(torch.bfloat16)    # steps of 16: a few different values
     got, expected = train(x, None, False), train(x, None, False, exact=True)

@@ -10,7 +10,7 @@ from test_readme import CLASSES, examples, place, shell    # noqa: F401 one is a
 
 
 def test_other_data_sets(place):
-    """Kaggle's folder, the Hub's parquet and arrays, verbatim; CIFAR-100's lines as far as test_readme.py's test of every command goes."""
+    """Kaggle's folder, the Hub's parquet and arrays, verbatim; those of Kaggle's CIFAR-10 and CIFAR-100 as far as the test of every command goes."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pictures = {name: sorted((place / "pets" / name).iterdir()) for name in CLASSES}
     for folder in ("kaggle/train", "kaggle/test", "hub"):
@@ -30,11 +30,11 @@ def test_other_data_sets(place):
     parquet.write_table(pyarrow.table(columns), place / "hub/train-00000-of-00001.parquet")
     parquet.write_table(pyarrow.table({name: values[::5] for name, values in columns.items()}), place / "hub/test-00000-of-00001.parquet")
     np.savez(place / "arrays.npz", x_train=x, y_train=y, x_test=x[::5], y_test=y[::5])
-    (_, small), (_, hundred) = examples("Other data sets")
+    (_, small), (_, cifar10), (_, hundred) = examples("Other data sets")
     output = shell(place, small)
     for described in ("images and trainLabels.csv in kaggle", "parquet files in hub", "arrays in arrays.npz"):
         assert described in output, output
     rows = list(csv.reader((place / "submission.csv").read_text().splitlines()))
     assert rows[0] == ["id", "label"] and [row[0] for row in rows[1:]] == [str(i) for i in range(1, 15)]
     assert sum(row[1] == CLASSES[(int(row[0]) - 1) % 7] for row in rows[1:]) >= 12, rows
-    assert "--model.classes 100" in hundred
+    assert "--sources.path cifar-10 " in cifar10 and "--model.classes 100" in hundred

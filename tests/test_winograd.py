@@ -131,6 +131,47 @@ def test_torch_does_it_elsewhere(why, always, monkeypatch):
     assert not always and output.dtype == expected.dtype and torch.equal(output, expected), why
 
 
+def recorded(function, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    return make_fx(function)(x)(x)
+
+
+def counted(function, x):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        function(x)
+    return torch.tensor(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("look", [recorded, counted, torch.func.vmap, torch.func.jacrev, torch.func.jacfwd])
+def test_it_is_torchs_where_torch_looks_on(look, always):
+    x, weight = (t.detach() for t in tensors(2, 3, 4, 5, 5))
+
+    def by(convolve):
+        if look in (recorded, counted):
+            return look(convolve, x)
+        return look(lambda image: convolve(image[None])[0])(x if look is torch.func.vmap else x[0])
+    got = by(lambda x: conv.convolve(x, weight, 1, 1))
+    assert not always and got.abs().max() > 0 and torch.allclose(got, by(lambda x: F.conv2d(x, weight, padding=1)))
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_other_channels_than_the_weights_are_refused_as_torch_refuses_them(channels, always):
+    x, _ = tensors(2, channels, 4, 6, 6)
+    with pytest.raises(RuntimeError, match="channels"):
+        conv.convolve(x, tensors(2, 4, 4, 6, 6)[1], 1, 1)
+    assert not always
+
+
+def test_autocast_that_is_on_for_the_backward_pass_alone_changes_nothing(always):
+    x, weight = tensors(4, 16, 24, 6, 6)
+    expected = gradients(conv.convolve(x, weight, 1, 1), (x, weight))
+    output = conv.convolve(x, weight, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(output, (x, weight))
+    assert len(always) == 2 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("c_in, c_out, both_ways, forwards", [(24, 512, False, False), (64, 64, True, False), (48, 64, False, False),
                                                               (64, 128, True, True), (288, 288, True, True)])
 def test_few_channels_are_left_to_torch(c_in, c_out, both_ways, forwards, calls_of):
