@@ -85,12 +85,11 @@ def gelu_slope(u):
 @numba.njit(inline="always", fastmath={"contract"})
 def fine(coefficients, u):
     """Half more than the odd polynomial of these coefficients, at u; 0 and 1 where it is saturated, since u may be large."""
-    inside = min(max(u, -END_FINE), END_FINE)
-    v = inside * inside * PER_SQUARE_FINE - ONE
+    v = u * u * PER_SQUARE_FINE - ONE
     sum_ = coefficients[FINE]
     for k in range(FINE):
         sum_ = coefficients[FINE - 1 - k] + v * sum_
-    return ZERO if u <= -END_FINE else ONE if u >= END_FINE else HALF + inside * sum_
+    return ZERO if u <= -END_FINE else ONE if u >= END_FINE else HALF + u * sum_
 
 
 @numba.njit(inline="always", fastmath={"contract"})

@@ -42,9 +42,19 @@ def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, x: torch.Tensor, shortc
     if gate:
         gates = gate.gate(x.mean((2, 3), dtype=torch.float32) * a + d).float()
         a, d = a * gates, d * gates
+    return _activated(x, shortcut, a, d, scale)
+
+
+def _activated(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float) -> torch.Tensor:
+    """gelu(a * x + d + scale * shortcut); a, d: (1, C), or (B, C) with a gate's."""
     y = torch.empty_like(x)
-    passes().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), scale if shortcut is not None else 0.0, _flat(y))
+    passes().activate(_flat(x), *_added(x, shortcut, a, d, scale), _flat(y))
     return y
+
+
+def _added(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float) -> tuple:
+    """What the passes take behind x: without a shortcut x stands for it, at a scale of 0."""
+    return _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), 0.0 if shortcut is None else scale
 
 
 class _FewPasses(torch.autograd.Function):
@@ -80,11 +90,9 @@ class _FewPasses(torch.autograd.Function):
                 gates = gate.gate(mean_of_image.requires_grad_())
             a, d = a * gates.detach(), d * gates.detach()
             ctx.gating = from_mean, mean_of_image, gates
-        y = torch.empty_like(x)
-        ctx.scale = scale if shortcut is not None else 0.0
-        passes().activate(_flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale, _flat(y))
+        ctx.scale = scale
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
-        return y
+        return _activated(x, shortcut, a, d, scale)
 
     @staticmethod
     @once_differentiable
@@ -92,7 +100,7 @@ class _FewPasses(torch.autograd.Function):
         x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
         images, size = len(x), x.shape[2] * x.shape[3]
         count, factor = images * size, weight * deviation
-        seen = (_flat(gradient), _flat(x), _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), ctx.scale)
+        seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale))
         total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1], dtype=torch.float32) for _ in range(2))
         passes().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
         by_back, by_image, of_parameters = factor[None], 0.0, [None] * len(of_gate)

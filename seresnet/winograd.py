@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from seresnet.compiled import may_read, passes
@@ -38,6 +39,7 @@ class Winograd(torch.autograd.Function):
     """
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, padding: int, height: int, width: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.padding, run = padding, passes()
@@ -51,28 +53,23 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")    # the caller may have autocast on for the backward pass alone
     def backward(ctx, gradient: torch.Tensor):
-        with torch.autocast("cpu", enabled=False):    # the caller may have it on for the backward pass alone
-            return _gradients(ctx, gradient)
-
-
-def _gradients(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """By x and by weight, where they are wanted, and none by the rest."""
-    (x, weight), run = ctx.saved_tensors, passes()
-    of_x, of_weight = ctx.needs_input_grad[:2]
-    images, back, filters = _rows(x), _rows(gradient), _transformed(weight).transpose(1, 2).contiguous()
-    height, width = gradient.shape[2:]
-    spread = x.new_empty(len(x), *x.shape[2:], x.shape[1]) if of_x else None
-    of_filters = x.new_zeros(PATCH**2, x.shape[1], len(weight))
-    for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
-        run.outputs_back(back[part], made.numpy())
-        if of_weight:
-            run.patches(images[part], ctx.padding, *_grid(height, width), seen.numpy())
-            of_filters.baddbmm_(seen.transpose(1, 2), made)
-        if of_x:
-            torch.bmm(made, filters, out=seen)
-            run.patches_back(seen.numpy(), ctx.padding, *_grid(height, width), spread[part].numpy())
-    return (spread.permute(0, 3, 1, 2) if of_x else None, _transformed_back(of_filters, weight) if of_weight else None, None, None, None)
+        (x, weight), run = ctx.saved_tensors, passes()
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        images, back, filters = _rows(x), _rows(gradient), _transformed(weight).transpose(1, 2).contiguous()
+        height, width = gradient.shape[2:]
+        spread = x.new_empty(len(x), *x.shape[2:], x.shape[1]) if of_x else None
+        of_filters = x.new_zeros(PATCH**2, x.shape[1], len(weight))
+        for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
+            run.outputs_back(back[part], made.numpy())
+            if of_weight:
+                run.patches(images[part], ctx.padding, *_grid(height, width), seen.numpy())
+                of_filters.baddbmm_(seen.transpose(1, 2), made)
+            if of_x:
+                torch.bmm(made, filters, out=seen)
+                run.patches_back(seen.numpy(), ctx.padding, *_grid(height, width), spread[part].numpy())
+        return (spread.permute(0, 3, 1, 2) if of_x else None, _transformed_back(of_filters, weight) if of_weight else None, None, None, None)
 
 
 def _grid(height: int, width: int) -> tuple[int, int]:
