@@ -1,4 +1,4 @@
-"""seresnet/kernels.py, compiled by numba where numba can, and when a tensor is worth it."""
+"""seresnet/kernels.py, compiled by numba where numba can, gpu_kernels.py, compiled by Triton, and when a tensor is worth it."""
 from __future__ import annotations
 
 import sys
@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}    # what a number's bits are passed as
+ON_A_GPU = (torch.bfloat16, torch.float16, torch.float32)
 LEAST = 1 << 20    # elements from which it is worth loading the compiled code, some tenths of a second where it was compiled before
+ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
 
 
 def worth_it(x: torch.Tensor) -> bool:
@@ -19,11 +21,17 @@ def worth_it(x: torch.Tensor) -> bool:
 
 
 def may_read(x: torch.Tensor) -> bool:
-    """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, channels-last, and large; not where torch only
-    looks on what is done (traces, modes of its dispatcher, torch.func)."""
+    """Whether compiled passes may read x (B, C, H, W): bfloat16 or float32 on a CPU, float16 as well on a GPU, channels-last, and large;
+    not where torch only looks on what is done (traces, modes of its dispatcher, torch.func)."""
     return (not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _get_current_dispatch_mode() is None
-            and torch._C._functorch.peek_interpreter_stack() is None and x.dtype in BITS and x.device.type == "cpu"
-            and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last) and passes() is not None)
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and (x.dtype in ON_A_GPU and x.numel() < 1 << 31 if x.is_cuda else x.dtype in BITS and x.device.type == "cpu")
+            and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last) and passes_for(x) is not None)
+
+
+def passes_for(x: torch.Tensor) -> SimpleNamespace | None:
+    """The passes for x's device, of tensors (B, H, W, C) and (B, P, C); None where it has none."""
+    return passes_on_a_gpu(x.device) if x.is_cuda else passes()
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -85,7 +93,8 @@ def passes() -> SimpleNamespace | None:
         return None
 
     def threaded(function):
-        def call(*arrays):
+        def call(*arguments):
+            arrays = [_array(value) if isinstance(value, torch.Tensor) else value for value in arguments]
             threads = torch.get_num_threads()
             numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
             torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
@@ -98,6 +107,7 @@ def passes() -> SimpleNamespace | None:
         try:
             found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
                                        for function in functions})
+            found.rows, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
             _try(found, np.int16 if has_bf16() else np.int32)
             return found if numba.threading_layer() in ("omp", "tbb") else None
         except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
@@ -122,3 +132,71 @@ def _try(passes: SimpleNamespace, kind: type) -> None:
         passes.outputs(places, image)
         passes.outputs_back(image, places)
         passes.patches_back(places, 1, 1, 1, image)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """What numba is given of a tensor: the bits of images and of pixels in a row, numbers of what has two dimensions or one."""
+    return bits(tensor) if tensor.dim() > 2 and tensor.dtype in BITS else tensor.detach().numpy()
+
+
+def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.Tensor, pivot: torch.Tensor,
+               count: int) -> tuple[torch.Tensor, ...]:
+    """From sums over parts of a batch of `count` values a channel, float32 (R, C), to (C,) each: the mean, 1 / the standard deviation, and
+    a, d of the normalisation a * x + d. Updates the running statistics of `norm`."""
+    shift = total.sum(0, dtype=torch.float64) / count
+    variance = (squares.sum(0, dtype=torch.float64) / count - shift.square()).clamp_(min=0)
+    mean, deviation = (pivot + shift).float(), (variance + norm.eps).rsqrt().float()
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_((variance * (count / (count - 1))).float(), norm.momentum)
+    factor = norm.weight.detach() * deviation
+    return mean, deviation, factor, norm.bias.detach() - mean * factor
+
+
+def gradient_statistics(total: torch.Tensor, product: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor,
+                        count: int) -> tuple[torch.Tensor, ...]:
+    """From sums of what comes back and of its product with x - mean, float32 (R, C), to (C,) each: the gradients of weight and bias, and
+    what x's gradient is beside its share of what comes back: a factor of x, and a constant."""
+    of_bias, of_weight = (sums.sum(0, dtype=torch.float64).float() for sums in (total, product * deviation))
+    factor = weight * deviation
+    of_value = -factor * deviation * of_weight / count
+    return of_weight, of_bias, of_value, -factor * of_bias / count - of_value * mean
+
+
+@cache
+def passes_on_a_gpu(device: torch.device) -> SimpleNamespace | None:
+    """As `passes`, of seresnet/gpu_kernels.py, for the GPU `device`. None where Triton is missing (torch brings it on Linux) or does not
+    work, and below compute capability 8.0, which it does not support. Triton keeps the machine code on disk, in the user's folder."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        found = triton_passes()
+        _try_on(found, device)
+        return found
+    except Exception:    # not there, without a compiler for what it starts kernels by, or whatever else: torch can do all that is done here
+        return None
+
+
+def triton_passes() -> SimpleNamespace:
+    """The passes of seresnet/gpu_kernels.py by name. Raises what Triton raises."""
+    from seresnet import gpu_kernels
+    names = ("pool", "unpool", "sums", "activate", "gradient_sums", "gradients", "statistics", "gradient_statistics")
+    return SimpleNamespace(**{name: getattr(gpu_kernels, name) for name in names}, rows=gpu_kernels.ROWS)
+
+
+def _try_on(passes: SimpleNamespace, device: torch.device) -> None:
+    """Every pass once, in bfloat16, with little, in the form that most nets take: what is compiled here serves them."""
+    with torch.device(device), torch.no_grad():
+        images = torch.zeros(2, 2, 2, 32, dtype=torch.bfloat16)
+        pooled, taken = images[:, :1, :1].contiguous(), torch.zeros(2, 1, 1, 32, dtype=torch.uint8)
+        passes.pool(images, pooled, taken)
+        passes.unpool(pooled, taken, images)
+        x, norm, rows = images.view(2, 4, 32), torch.nn.BatchNorm2d(32), torch.zeros(2, 32)
+        passes.sums(x, rows[0], rows, rows.clone())
+        mean, deviation, a, d = passes.statistics(norm, rows, rows, rows[0], 8)
+        for scale in (0.0, 0.3):
+            passes.activate(x, x, a[None], d[None], scale, x.clone())
+            passes.gradient_sums(x, x, x, a[None], d[None], scale, mean, rows, rows.clone())
+            *_, of_value, constant = passes.gradient_statistics(rows, rows, norm.weight, mean, deviation, 8)
+            passes.gradients(x, x, x, a[None], d[None], scale, of_value, constant[None], a[None], x.clone(), x.clone())
+    torch.cuda.synchronize(device)

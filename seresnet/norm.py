@@ -5,10 +5,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from seresnet.compiled import passes, pixels, worth_it
+from seresnet.compiled import passes_for, worth_it
 
 LEAST_SCALE = 1e-30    # of a shortcut: in the passes, which count in float32, a scale of 0 says that there is none
-ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
 
 
 def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate: nn.Module | None = None,
@@ -48,13 +47,13 @@ def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, x: torch.Tensor, shortc
 def _activated(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float) -> torch.Tensor:
     """gelu(a * x + d + scale * shortcut); a, d: (1, C), or (B, C) with a gate's."""
     y = torch.empty_like(x)
-    passes().activate(_flat(x), *_added(x, shortcut, a, d, scale), _flat(y))
+    passes_for(x).activate(_flat(x), *_added(x, shortcut, a, d, scale), _flat(y))
     return y
 
 
 def _added(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float) -> tuple:
     """What the passes take behind x: without a shortcut x stands for it, at a scale of 0."""
-    return _flat(x if shortcut is None else shortcut), a.numpy(), d.numpy(), 0.0 if shortcut is None else scale
+    return _flat(x if shortcut is None else shortcut), a, d, 0.0 if shortcut is None else scale
 
 
 class _FewPasses(torch.autograd.Function):
@@ -69,19 +68,12 @@ class _FewPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
         images, size = len(x), x.shape[2] * x.shape[3]
-        count = images * size
-        total, squares = (torch.empty(images if gate else min(ROWS, images), x.shape[1], dtype=torch.float32) for _ in range(2))
+        run, channels = passes_for(x), x.shape[1]
+        total, squares = (weight.new_empty(images if gate else min(run.rows, images), channels) for _ in range(2))
         pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
-        passes().sums(_flat(x), pivot.numpy(), total.numpy(), squares.numpy())
-        shift = total.sum(0, dtype=torch.float64) / count
-        variance = (squares.sum(0, dtype=torch.float64) / count - shift.square()).clamp_(min=0)
-        mean, deviation = (pivot + shift).float(), (variance + norm.eps).rsqrt().float()
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_((variance * (count / (count - 1))).float(), norm.momentum)
-
-        factor = weight * deviation
-        a, d = factor[None], (bias - mean * factor)[None]
+        run.sums(_flat(x), pivot, total, squares)
+        mean, deviation, factor, rest = run.statistics(norm, total, squares, pivot, images * size)
+        a, d = factor[None], rest[None]
         ctx.gating = None
         if gate:
             from_mean = total / size + (pivot - mean)    # of each image
@@ -99,11 +91,11 @@ class _FewPasses(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
         images, size = len(x), x.shape[2] * x.shape[3]
-        count, factor = images * size, weight * deviation
+        run, channels, factor = passes_for(x), x.shape[1], weight * deviation
         seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale))
-        total, product = (torch.empty(images if ctx.gating else min(ROWS, images), x.shape[1], dtype=torch.float32) for _ in range(2))
-        passes().gradient_sums(*seen, mean.numpy(), total.numpy(), product.numpy())
-        by_back, by_image, of_parameters = factor[None], 0.0, [None] * len(of_gate)
+        total, product = (weight.new_empty(images if ctx.gating else min(run.rows, images), channels) for _ in range(2))
+        run.gradient_sums(*seen, mean, total, product)
+        by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
         if ctx.gating:
             from_mean, mean_of_image, gates = ctx.gating
             wanted = [i for i, parameter in enumerate(of_gate) if parameter.requires_grad]
@@ -112,18 +104,16 @@ class _FewPasses(torch.autograd.Function):
             for i, of_parameter in zip(wanted, found):
                 of_parameters[i] = of_parameter
             gates = gates.detach().float()
-            by_back, by_image = gates * factor, of_mean / size
+            by_back, by_image = gates * factor, of_mean * (factor / size)
             total, product = gates * total + of_mean, gates * product + of_mean * from_mean
-        of_bias, of_weight = (sums.sum(0, dtype=torch.float64).float() for sums in (total, product * deviation))
-        of_value = -factor * deviation * of_weight / count
-        constant = factor * (by_image - of_bias / count) - of_value * mean
+        of_weight, of_bias, of_value, constant = run.gradient_statistics(total, product, weight, mean, deviation, images * size)
+        constant = constant[None] if by_image is None else by_image + constant
         of_x = torch.empty_like(x)
         of_shortcut = None if shortcut is None else torch.empty_like(shortcut)
-        passes().gradients(*seen, of_value.numpy(), constant.expand_as(by_back).contiguous().numpy(), by_back.numpy(), _flat(of_x),
-                            _flat(of_x if shortcut is None else of_shortcut))
+        run.gradients(*seen, of_value, constant, by_back, _flat(of_x), _flat(of_x if shortcut is None else of_shortcut))
         return None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
 
 
-def _flat(images: torch.Tensor):
-    """`pixels` in a row: (B, C, H, W) as an array of bits (B, H * W, C)."""
-    return pixels(images).reshape(len(images), -1, images.shape[1])
+def _flat(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) with pixels in a row, (B, H * W, C): the same memory where that is channels-last, a copy elsewhere."""
+    return images.permute(0, 2, 3, 1).contiguous().view(len(images), -1, images.shape[1])

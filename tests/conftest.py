@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 # The nets of the tests are tiny: a second thread gains nothing, and costs tenfold where another program has the cores (OpenMP's
 # threads then spin for one another). Programs that tests start inherit it.
@@ -12,6 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
+
+# Without a GPU Triton's kernels are interpreted, with NumPy on the CPU. Triton asks when it is first imported, and torch's compiler imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from seresnet.imageset import Split
 
@@ -161,10 +167,30 @@ def numba_passes():
     return compiled.passes()
 
 
-@pytest.fixture
-def calls_of(numba_passes, monkeypatch):
-    """Small batches take the compiled way, too; calls_of(function) is the list of what that autograd function is called with."""
+@pytest.fixture(params=["numba", "triton"])
+def compiled_for(request, monkeypatch):
+    """The device that the test's tensors are to be on, with the passes for it: numba's on the CPU, Triton's on a GPU, or interpreted on the
+    CPU where there is none. compiled_for.kind says which passes."""
     from seresnet import compiled
+    device = torch.device("cpu")
+    if request.param == "numba":
+        request.getfixturevalue("numba_passes")
+    elif torch.cuda.is_available():
+        device = torch.device("cuda")
+        assert compiled.passes_on_a_gpu(torch.device("cuda", 0)) is not None
+    else:
+        pytest.importorskip("triton")
+        interpreted = compiled.triton_passes()
+        monkeypatch.setattr(compiled, "passes", lambda: interpreted)
+    return SimpleNamespace(device=device, kind=request.param)
+
+
+@pytest.fixture
+def calls_of(request, monkeypatch):
+    """Small batches take the compiled way, too; calls_of(function) is the list of what that autograd function is called with. For the
+    passes of `compiled_for`, or numba's."""
+    from seresnet import compiled
+    request.getfixturevalue("compiled_for" if "compiled_for" in request.fixturenames else "numba_passes")
 
     def watch(function):
         calls, apply = [], function.apply

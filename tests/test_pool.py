@@ -11,9 +11,9 @@ def always(calls_of):
     return calls_of(pool._MaxPool2x2)
 
 
-def batch(count, channels, height, width, dtype=torch.bfloat16):
+def batch(count, channels, height, width, dtype=torch.bfloat16, device="cpu"):
     torch.manual_seed(0)
-    return torch.randn(count, channels, height, width).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    return torch.randn(count, channels, height, width).to(device, dtype).to(memory_format=torch.channels_last).requires_grad_()
 
 
 def both_ways(x, layer):
@@ -21,15 +21,15 @@ def both_ways(x, layer):
     for way in (layer, lambda t: F.max_pool2d(t, 2)):
         output = way(x)
         torch.manual_seed(1)
-        results += [output.detach(), *torch.autograd.grad(output, x, torch.randn(output.shape).to(output.dtype))]
+        results += [output.detach(), *torch.autograd.grad(output, x, torch.randn(output.shape).to(output))]
     return results
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count, channels, height, width", [(3, 64, 26, 26), (1, 5, 7, 9), (4, 33, 2, 3), (2, 1, 6, 5), (50, 8, 4, 4)])
-def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channels, height, width, dtype, always):
+def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channels, height, width, dtype, compiled_for, always):
     """Ties among them: 50 x 8 x 4 x 4 bfloat16 values of a normal distribution hold hundreds."""
-    x = batch(count, channels, height, width).detach().to(dtype).requires_grad_()
+    x = batch(count, channels, height, width, device=compiled_for.device).detach().to(dtype).requires_grad_()
     mine, of_mine, theirs, of_theirs = both_ways(x, pool.MaxPool2x2())
     assert len(always) == 1
     assert torch.equal(mine, theirs) and torch.equal(of_mine, of_theirs)
@@ -40,8 +40,8 @@ def test_it_is_torchs_max_pooling_bit_for_bit_of_ordinary_numbers(count, channel
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf"), 3e38, -1e-40])
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_no_ordinary_number_passes_as_in_torch(dtype, value, place, always):
-    x = batch(2, 3, 4, 4, dtype).detach()
+def test_what_is_no_ordinary_number_passes_as_in_torch(dtype, value, place, compiled_for, always):
+    x = batch(2, 3, 4, 4, dtype, compiled_for.device).detach()
     x[0, 1, 2 + place // 2, place % 2] = value
     x[1] = value    # and everywhere
     mine, of_mine, theirs, of_theirs = both_ways(x.requires_grad_(), pool.MaxPool2x2())
@@ -50,8 +50,8 @@ def test_what_is_no_ordinary_number_passes_as_in_torch(dtype, value, place, alwa
     assert torch.equal(of_mine[0], of_theirs[0]) and torch.equal(of_mine[1][where], of_theirs[1][where])
 
 
-def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(always):
-    x = batch(2, 3, 4, 6)
+def test_a_gradient_that_is_expanded_or_laid_out_otherwise_is_taken(compiled_for, always):
+    x = batch(2, 3, 4, 6, device=compiled_for.device)
     pool.MaxPool2x2()(x).sum().backward()    # its gradient is one number, expanded
     assert len(always) == 1 and x.grad.sum() == 2 * 3 * 2 * 3 and set(x.grad.flatten().tolist()) == {0, 1}
 
@@ -67,8 +67,8 @@ def test_torch_does_it_elsewhere(why, change, always):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_an_evaluation_takes_it_too(dtype, without, always):
-    x = batch(3, 33, 7, 9, dtype).detach()
+def test_an_evaluation_takes_it_too(dtype, without, compiled_for, always):
+    x = batch(3, 33, 7, 9, dtype, compiled_for.device).detach()
     with without():
         output = pool.MaxPool2x2()(x)
     assert len(always) == 1 and torch.equal(output, F.max_pool2d(x, 2)) and output.is_contiguous(memory_format=torch.channels_last)
@@ -79,13 +79,13 @@ def test_torch_does_it_without_numba_and_for_little(monkeypatch, always):
     monkeypatch.setattr(compiled, "LEAST", x.numel() + 1)
     pool.MaxPool2x2()(x)
     monkeypatch.setattr(compiled, "LEAST", 0)
-    monkeypatch.setattr(compiled, "passes", lambda: None)
+    monkeypatch.setattr(compiled, "passes_for", lambda x: None)
     pool.MaxPool2x2()(x)
     assert not always
 
 
-def test_no_images_have_no_maxima(always):
-    x = batch(0, 3, 6, 6)
+def test_no_images_have_no_maxima(compiled_for, always):
+    x = batch(0, 3, 6, 6, device=compiled_for.device)
     output = pool.MaxPool2x2()(x)
     output.sum().backward()
     assert output.shape == (0, 3, 3, 3) and x.grad.shape == x.shape

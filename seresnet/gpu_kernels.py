@@ -1,0 +1,269 @@
+"""The passes of seresnet/kernels.py for a GPU, in Triton: max-pooling, batch normalisation with what follows it.
+
+Images are bfloat16, float16 or float32 tensors (B, H, W, C) or, with pixels in a row, (B, P, C), contiguous, of fewer than 2^31
+elements; what is counted about them is float32. A program takes PIXELS pixels of CHANNELS channels. Sums are taken in an order that
+depends on shapes alone.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+from triton import language as tl
+
+PIXELS, CHANNELS = 64, 32    # at a time: 64 bytes of a bfloat16 pixel, two sectors of memory, and no waste with 96 or 288 channels
+ROWS = 512                   # parts in which sums over the batch are taken, where no images have sums of their own
+COUNTS = ["rows", "images", "size", "count", "height", "width"]    # no code of its own for each value of these
+
+# Numbers and flags are arguments, but for tl.constexpr, of which there is one machine code each.
+
+
+@triton.jit
+def tile(pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Of this program: pixels (PIXELS, 1), channels (1, CHANNELS), and whether they are there. Neighbours share pixels."""
+    tiles = tl.cdiv(channels, CHANNELS)
+    pixel = (tl.program_id(0) // tiles) * PIXELS + tl.arange(0, PIXELS)
+    channel = (tl.program_id(0) % tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    return pixel[:, None], channel[None, :], (pixel < pixels)[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit
+def part(rows, images, size, channels, CHANNELS: tl.constexpr):
+    """Of this program: its row of sums, the first pixel of that and the one behind its last, channels (1, CHANNELS), whether they are."""
+    tiles = tl.cdiv(channels, CHANNELS)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    channel = (tl.program_id(0) % tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    first, last = (row * images // rows * size).to(tl.int32), ((row + 1) * images // rows * size).to(tl.int32)
+    return row, first, last, channel[None, :], (channel < channels)[None, :]
+
+
+@triton.jit
+def before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED: tl.constexpr):
+    """What GELU is taken of."""
+    u = tl.load(a + factor, there, other=0) * value + tl.load(d + factor, there, other=0)
+    if ADDED:
+        u += scale * tl.load(shortcut + place, there, other=0).to(tl.float32)
+    return u
+
+
+@triton.jit
+def normal_share(u):
+    """The share of a standard normal distribution below u: gelu(u) is u times it (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    return 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+
+
+@triton.jit
+def gelu_slope(u):
+    return normal_share(u) + 0.3989422804014327 * u * tl.exp(-0.5 * u * u)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _pool(x, pooled, taken, count, height, width, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    cell, channel, there = tile(count, channels, PIXELS, CHANNELS)
+    tall, wide = height // 2, width // 2
+    corner = (cell // (tall * wide) * height + cell // wide % tall * 2) * width + cell % wide * 2
+    best = tl.load(x + corner * channels + channel, there, other=0)
+    place = tl.zeros([PIXELS, CHANNELS], tl.uint8)
+    for k in tl.static_range(1, 4):
+        value = tl.load(x + (corner + k // 2 * width + k % 2) * channels + channel, there, other=0)
+        higher = (value.to(tl.float32) > best.to(tl.float32)) | (value.to(tl.float32) != value.to(tl.float32))    # as torch's: the first of equal ones, the last NaN
+        best, place = tl.where(higher, value, best), tl.where(higher, k, place).to(tl.uint8)
+    tl.store(pooled + cell * channels + channel, best, there)
+    tl.store(taken + cell * channels + channel, place, there)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _unpool(gradient, taken, spread, count, height, width, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Also of the cells of an odd last row or column, which are cut off and were not pooled."""
+    cell, channel, there = tile(count, channels, PIXELS, CHANNELS)
+    cells_down, cells_across = (height + 1) // 2, (width + 1) // 2
+    image, i, j = cell // (cells_down * cells_across), cell // cells_across % cells_down, cell % cells_across
+    pooled = there & (i < height // 2) & (j < width // 2)
+    source = ((image * (height // 2) + i) * (width // 2) + j) * channels + channel
+    value, place = tl.load(gradient + source, pooled, other=0), tl.load(taken + source, pooled, other=4)
+    for k in tl.static_range(4):
+        row, column = 2 * i + k // 2, 2 * j + k % 2
+        tl.store(spread + ((image * height + row) * width + column) * channels + channel,
+                 tl.where(place == k, value, 0.0).to(value.dtype), there & (row < height) & (column < width))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _sums(x, pivot, total, squares, rows, images, size, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    row, first, last, channel, inside = part(rows, images, size, channels, CHANNELS)
+    middle = tl.load(pivot + channel, inside, other=0)
+    sum_, square = tl.zeros([PIXELS, CHANNELS], tl.float32), tl.zeros([PIXELS, CHANNELS], tl.float32)
+    for start in range(first, last, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)[:, None]
+        there = (pixel < last) & inside
+        value = tl.load(x + pixel * channels + channel, there, other=0).to(tl.float32)
+        value = tl.where(there, value - middle, 0.0)
+        sum_ += value
+        square += value * value
+    tl.store(total + row * channels + channel, tl.sum(sum_, 0)[None, :], inside)
+    tl.store(squares + row * channels + channel, tl.sum(square, 0)[None, :], inside)
+
+
+@triton.jit
+def of_channel(values, other, rows, channels, channel, inside, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sums of two arrays (rows, channels) of float32 over their rows: float64 (1, CHANNELS) each."""
+    first, second = tl.zeros([CHANNELS], tl.float64), tl.zeros([CHANNELS], tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        there = (row < rows) & inside
+        first += tl.sum(tl.load(values + row * channels + channel, there, other=0).to(tl.float64), 0)
+        second += tl.sum(tl.load(other + row * channels + channel, there, other=0).to(tl.float64), 0)
+    return first[None, :], second[None, :]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _statistics(total, squares, pivot, weight, bias, running_mean, running_var, tracked, mean, deviation, a, d, rows, count, channels,
+                momentum, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    inside = channel < channels
+    sum_, square = of_channel(total, squares, rows, channels, channel, inside, ROWS, CHANNELS)
+    number = (tl.zeros([1, CHANNELS], tl.int64) + count).to(tl.float64)
+    shift = sum_ / number
+    variance = tl.maximum(square / number - shift * shift, 0.0)
+    middle = (tl.load(pivot + channel, inside, other=0) + shift).to(tl.float32)
+    spread = (1.0 / tl.sqrt(variance + eps)).to(tl.float32)
+    for_one = tl.load(weight + channel, inside, other=0) * spread
+    tl.store(mean + channel, middle, inside)
+    tl.store(deviation + channel, spread, inside)
+    tl.store(a + channel, for_one, inside)
+    tl.store(d + channel, tl.load(bias + channel, inside, other=0) - middle * for_one, inside)
+    before = tl.load(running_mean + channel, inside, other=0)
+    tl.store(running_mean + channel, before + momentum * (middle - before), inside)
+    before = tl.load(running_var + channel, inside, other=0)
+    unbiased = (variance * (number / (number - 1))).to(tl.float32)
+    tl.store(running_var + channel, before + momentum * (unbiased - before), inside)
+    if tl.program_id(0) == 0:
+        tl.store(tracked, tl.load(tracked) + 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADDED: tl.constexpr, PIXELS: tl.constexpr,
+              CHANNELS: tl.constexpr):
+    pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
+    place, factor = pixel * channels + channel, pixel // size * per_image + channel
+    value = tl.load(x + place, there, other=0).to(tl.float32)
+    u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
+    tl.store(y + place, u * normal_share(u), there)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image, ADDED: tl.constexpr,
+                   PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    row, first, last, channel, inside = part(rows, images, size, channels, CHANNELS)
+    middle = tl.load(mean + channel, inside, other=0)
+    sum_, moment = tl.zeros([PIXELS, CHANNELS], tl.float32), tl.zeros([PIXELS, CHANNELS], tl.float32)
+    for start in range(first, last, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)[:, None]
+        there = (pixel < last) & inside
+        place, factor = pixel * channels + channel, pixel // size * per_image + channel
+        value = tl.load(x + place, there, other=0).to(tl.float32)
+        u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
+        back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u)    # 0 where nothing is
+        sum_ += back
+        moment += back * (value - middle)
+    tl.store(total + row * channels + channel, tl.sum(sum_, 0)[None, :], inside)
+    tl.store(product + row * channels + channel, tl.sum(moment, 0)[None, :], inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _gradient_statistics(total, product, weight, mean, deviation, of_weight, of_bias, of_value, constant, rows, count, channels,
+                         ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    channel = (tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    inside = channel < channels
+    sum_, moment = of_channel(total, product, rows, channels, channel, inside, ROWS, CHANNELS)
+    number = (tl.zeros([1, CHANNELS], tl.int64) + count).to(tl.float64)
+    spread = tl.load(deviation + channel, inside, other=0)
+    factor, by_weight = tl.load(weight + channel, inside, other=0) * spread, (moment * spread).to(tl.float32)
+    of_one = -factor * spread * (by_weight / number).to(tl.float32)
+    tl.store(of_weight + channel, by_weight, inside)
+    tl.store(of_bias + channel, sum_.to(tl.float32), inside)
+    tl.store(of_value + channel, of_one, inside)
+    tl.store(constant + channel, -factor * (sum_ / number).to(tl.float32) - of_one * tl.load(mean + channel, inside, other=0), inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _gradients(gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale, count, size, channels, per_image,
+               ADDED: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
+    place, factor = pixel * channels + channel, pixel // size * per_image + channel
+    value = tl.load(x + place, there, other=0).to(tl.float32)
+    u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
+    back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u)
+    result = tl.load(by_back + factor, there, other=0) * back + tl.load(of_value + channel, there, other=0) * value
+    tl.store(of_x + place, result + tl.load(constant + factor, there, other=0), there)
+    if ADDED:
+        tl.store(of_shortcut + place, scale * back, there)
+
+
+def pool(x: torch.Tensor, pooled: torch.Tensor, taken: torch.Tensor) -> None:
+    """As kernels.pool."""
+    _, height, width, channels = x.shape
+    cells = pooled.numel() // channels
+    _run(_pool, cells, channels, x, pooled, taken, cells, height, width, channels)
+
+
+def unpool(gradient: torch.Tensor, taken: torch.Tensor, spread: torch.Tensor) -> None:
+    """As kernels.unpool."""
+    images, height, width, channels = spread.shape
+    cells = images * ((height + 1) // 2) * ((width + 1) // 2)
+    _run(_unpool, cells, channels, gradient, taken, spread, cells, height, width, channels)
+
+
+def sums(x: torch.Tensor, pivot: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> None:
+    """As kernels.sums."""
+    (images, size, channels), rows = x.shape, len(total)
+    _run(_sums, rows * PIXELS, channels, x, pivot, total, squares, rows, images, size, channels)
+
+
+def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.Tensor, pivot: torch.Tensor,
+               count: int) -> tuple[torch.Tensor, ...]:
+    """As compiled.statistics."""
+    mean, deviation, a, d = torch.empty(4, total.shape[1], dtype=torch.float32, device=total.device)
+    _run(_statistics, PIXELS, len(mean), total, squares, pivot, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+         norm.num_batches_tracked, mean, deviation, a, d, len(total), count, len(mean), norm.momentum, norm.eps, ROWS=256)
+    return mean, deviation, a, d
+
+
+def activate(x, shortcut, a, d, scale: float, y) -> None:
+    """As kernels.activate."""
+    images, size, channels = x.shape
+    _run(_activate, images * size, channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0)
+
+
+def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, product) -> None:
+    """As kernels.gradient_sums."""
+    (images, size, channels), rows = x.shape, len(total)
+    _run(_gradient_sums, rows * PIXELS, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
+         _per_image(a), ADDED=scale != 0)
+
+
+def gradient_statistics(total, product, weight, mean, deviation, count: int) -> tuple[torch.Tensor, ...]:
+    """As compiled.gradient_statistics."""
+    results = torch.empty(4, len(mean), dtype=torch.float32, device=mean.device)
+    _run(_gradient_statistics, PIXELS, len(mean), total, product, weight, mean, deviation, *results, len(total), count, len(mean), ROWS=256)
+    return tuple(results)
+
+
+def gradients(gradient, x, shortcut, a, d, scale: float, of_value, constant, by_back, of_x, of_shortcut) -> None:
+    """As kernels.gradients."""
+    images, size, channels = x.shape
+    _run(_gradients, images * size, channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
+         images * size, size, channels, _per_image(a), ADDED=scale != 0)
+
+
+def _per_image(a: torch.Tensor) -> int:
+    """From one image's row to the next one's in a, (1, C) or (B, C)."""
+    return a.shape[1] if len(a) > 1 else 0
+
+
+def _run(kernel, pixels: int, channels: int, *arguments, **constants) -> None:
+    """One program for each PIXELS x CHANNELS, on the device of the arguments."""
+    programs = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, CHANNELS)
+    if "ROWS" not in constants:
+        constants["PIXELS"] = PIXELS
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants, CHANNELS=CHANNELS)
