@@ -30,8 +30,19 @@ def may_read(x: torch.Tensor) -> bool:
 
 
 def passes_for(x: torch.Tensor) -> SimpleNamespace | None:
-    """The passes for x's device, of tensors (B, H, W, C) and (B, P, C); None where it has none."""
-    return passes_on_a_gpu(x.device) if x.is_cuda else passes()
+    """The passes for x's device, of tensors (B, H, W, C) and (B, P, C); None where it has none, or where `use_triton` has not asked."""
+    if x.is_cuda:
+        return passes_on_a_gpu(x.device) if _triton_is_wanted else None
+    return passes()
+
+
+_triton_is_wanted = False
+
+
+def use_triton(wanted: bool) -> None:
+    """Whether passes on a GPU are Triton's from now on, in this process. Loading it takes more than a second: it is for long trainings."""
+    global _triton_is_wanted
+    _triton_is_wanted = wanted
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:

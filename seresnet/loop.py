@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from seresnet import checkpoint, report, runtime
+from seresnet import checkpoint, compiled, report, runtime
 from seresnet.augment import normalise, train_batch
 from seresnet.beton import Beton, mismatch, open_beton, read_images
 from seresnet.clock import Clock
@@ -25,7 +25,7 @@ from seresnet.graphs import NotRecorded, Replays, cuda_graphs
 from seresnet.loader import Batch, BatchLoader, epoch_order, holdout_split
 from seresnet.loss import Difficulty, Tally, Totals, smoothed_cross_entropy
 from seresnet.model import SEResNet, check_budget, count_parameters, shapes_alone
-from seresnet.optim import (AveragedModel, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
+from seresnet.optim import (AveragedModel, ascended, average_weights, build_optimizer, clip_gradients, follow, learning_rate_factor,
                             set_learning_rate, stepwise)
 from seresnet.ranks import Ranks, join
 from seresnet.synced import expect, synchronise
@@ -37,7 +37,9 @@ INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "sources", "beton", "checkpoint", "report",
                   "evaluate.batch_size", "loader.mode", "loader.workers", "loader.batches_ahead", "run.tune_allocator"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
-MANY_STEPS = 2000    # in so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ
+# In so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ. And
+# that Triton is loaded, in 1.2 s, for passes of its own, which saved 0.9 to 1.3 ms a step (records/2026-11-27_gpu).
+MANY_STEPS = 2000
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
 
@@ -130,6 +132,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
                 replay: Callable[[Callable], Callable] = lambda gradients: gradients,
+                ascend: Callable[[int], AbstractContextManager | None] = lambda step: None,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). No step waits for the device but the first, which makes the constants, one that is
@@ -140,6 +143,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
     replay(gradients) does as `gradients`, which a step's forward and backward pass is, from a recording perhaps.
+    ascend(step) -> a block within which the step's gradients are taken once more, those that count, or None.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
     def gradients(images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +156,13 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     tally, gradients = tally or Tally(device), replay(gradients)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
-        logits, value = gradients(augment(batch, step), batch.labels, weight(step, len(batch.labels)))
+        inputs = augment(batch, step), batch.labels, weight(step, len(batch.labels))
+        logits, value = gradients(*inputs)
+        elsewhere = ascend(step)
+        if elsewhere is not None:
+            logits, value = logits.clone(), value.clone()    # a recording's are its own
+            with elsewhere:
+                gradients(*inputs)
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -216,7 +226,7 @@ class Session:
 
     @property
     def tries_algorithms(self) -> bool:
-        """Whether the run has so many steps that cuDNN may try its algorithms first."""
+        """Whether the run has so many steps that cuDNN may try its algorithms first, and Triton be loaded."""
         return self.first_step(self.config.loop.epochs) > MANY_STEPS
 
     def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
@@ -270,8 +280,13 @@ class Session:
             if self.difficulty:
                 self.difficulty.note(logits, batch.labels, batch.indices)
 
+        def ascend(step: int) -> AbstractContextManager | None:
+            if not config.optim.sam_radius or step < self.first_step(config.loop.epochs) * config.optim.sam_from:
+                return None
+            return ascended(list(self.model.parameters()), list(self.model.buffers()), config.optim.sam_radius)
+
         return dict(
-            augment=augment, weight=weight, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
+            augment=augment, weight=weight, ascend=ascend, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
@@ -320,6 +335,7 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
                       Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
                       Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
     torch.backends.cudnn.benchmark = session.tries_algorithms
+    compiled.use_triton(session.tries_algorithms)
     return session
 
 

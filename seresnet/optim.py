@@ -3,7 +3,8 @@ as a pure function of step or epoch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -205,6 +206,29 @@ def clip_gradients(parameters: Sequence[nn.Parameter], *, norm: float = 0.0, val
         nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
     if value > 0:
         nn.utils.clip_grad_value_(parameters, value, foreach=True)
+
+
+@contextmanager
+def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor], radius: float) -> Iterator[None]:
+    """A block within which the parameters that have a gradient stand `radius` (their common Euclidean distance) up along it, where the loss
+    is about the greatest nearby: gradients taken there are those of sharpness-aware minimisation (Foret et al., arXiv 2010.01412,
+    equation 2 and algorithm 1). Parameters, and the buffers, which a second pass would count the same images into again, are what they
+    were when it is left; gradients are those of the block. Never waits for the device.
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    with torch.no_grad():
+        before = [tensor.detach().clone() for tensor in (*moved, *buffers)]
+        gradients = [p.grad for p in moved]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_add_(moved, torch._foreach_mul(gradients, radius / (norm + 1e-12)))
+        for p in moved:
+            p.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip((*moved, *buffers), before):
+                tensor.copy_(value)
 
 
 def learning_rate_factor(step: int, *, schedule: str, total_steps: int, warmup_steps: int = 0, start: float = 0.0,

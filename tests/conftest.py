@@ -177,6 +177,7 @@ def compiled_for(request, monkeypatch):
         request.getfixturevalue("numba_passes")
     elif torch.cuda.is_available():
         device = torch.device("cuda")
+        monkeypatch.setattr(compiled, "_triton_is_wanted", True)
         assert compiled.passes_on_a_gpu(torch.device("cuda", 0)) is not None
     else:
         pytest.importorskip("triton")

@@ -127,6 +127,7 @@ TWO_SHAPES = {"model__channels": [16, 32], "augment__sides": [12, 16], "optim__n
 
 
 @pytest.mark.parametrize("changes", [{}, {"optim__ema_decay": 0.9, "optim__clip_norm": 1.0}, {"loop__hardest": [1, 0.5]},
+                                     {"optim__sam_radius": 0.1, "optim__sam_from": 0.4},
                                      {"loader__drop_last": False, "optim__name": "sgd"}], ids=lambda changes: ", ".join(changes) or "plain")
 def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monkeypatch, changes):
     log, whole = {"replays": 0}, loop.open_session
@@ -151,6 +152,8 @@ def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypat
     """In passes of its own, which small batches do not take otherwise."""
     sessions, whole = [], loop.open_session
     monkeypatch.setattr(compiled, "LEAST", 0)
+    monkeypatch.setattr(compiled, "use_triton", lambda wanted: None)
+    monkeypatch.setattr(compiled, "_triton_is_wanted", True)
     monkeypatch.setattr(loop, "open_session", lambda *arguments: sessions.append(whole(*arguments)) or sessions[-1])
     outcomes = [train(betons, tmp_path / str(graphs), run__device="cuda", run__cuda_graphs=graphs, **{**TWO_SHAPES, **changes})
                 for graphs in (True, False)]

@@ -271,3 +271,45 @@ def test_every_value_gets_its_share_of_the_epochs():
     assert [optim.stepwise([20, 28, 32], epoch, 9, 0) for epoch in range(9)] == [20] * 3 + [28] * 3 + [32] * 3
     assert [optim.stepwise([24, 32], epoch, 5, 0) for epoch in range(5)] == [24, 24, 24, 32, 32]
     assert optim.stepwise([], 3, 9, 0.5) == 0.5
+
+
+def test_gradients_of_sharpness_aware_minimisation_are_those_up_the_slope():
+    """Against the formula, in float64: the gradient at w + radius * g / |g|, over all parameters together; all else as it was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    net[0].bias.requires_grad_(False)
+    x, labels, radius = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3, 0.3
+
+    def backward():
+        nn.functional.cross_entropy(net(x), labels).backward()
+    backward()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    parameters = dict(net.named_parameters())
+    gradient = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    length = torch.sqrt(sum(g.square().sum() for g in gradient.values()))
+    with optim.ascended(list(parameters.values()), list(net.buffers()), radius):
+        for name, g in gradient.items():
+            torch.testing.assert_close(parameters[name].detach(), before[name] + radius * g / length)
+        assert all(p.grad is None for p in parameters.values())
+        backward()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())    # statistics and their count, too
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    assert found.keys() == gradient.keys()
+
+    def loss(values):
+        return nn.functional.cross_entropy(torch.func.functional_call(net, values, x), labels)
+    values = {name: before[name] + radius * gradient[name] / length if name in gradient else before[name] for name in parameters}
+    expected = torch.autograd.grad(loss({k: v.requires_grad_() for k, v in values.items()}), [values[name] for name in found])
+    for name, value in zip(found, expected):
+        torch.testing.assert_close(found[name], value)
+        assert not torch.allclose(value, gradient[name], rtol=1e-2)
+
+
+def test_weights_come_back_from_the_slope_where_a_step_fails_there():
+    net = nn.Linear(3, 2)
+    net(torch.ones(1, 3)).sum().backward()
+    before = net.weight.detach().clone()
+    with pytest.raises(MemoryError), optim.ascended(list(net.parameters()), [], 1.0):
+        assert not torch.equal(net.weight, before)
+        raise MemoryError
+    assert torch.equal(net.weight, before)
