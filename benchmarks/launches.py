@@ -1,8 +1,9 @@
 """What the host costs a step: python -m benchmarks.launches --config-file rn_configs/se94.yaml [--steps 20] [--rounds 5] [--out DIR]
 
-Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, in turns: seconds a
-step, how often the host starts something on the device, and how long the device is at work. Where it idles, the host sets the pace.
-Without a CUDA GPU there are no graphs: then there is one row, of what the processor does by itself.
+Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, and with the passes
+that Triton compiles for long trainings, in turns: seconds a step, how often the host starts something on the device, and how long the
+device is at work. Where it idles, the host sets the pace. Without a CUDA GPU there are no graphs: then there is one row, of what the
+processor does by itself.
 """
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ def opened(settings, device):
     return loop.open_session(settings, device, data, model)
 
 
-def steps(session, count: int) -> float:
+def steps(session, count: int, triton: bool = False) -> float:
     """Seconds of `count` steps of training, until the device has done them."""
     import torch
 
-    from seresnet import loop
+    from seresnet import compiled, loop
+    compiled.use_triton(triton)    # asked when a step is computed, or recorded
     started = time.perf_counter()
     batches = itertools.chain.from_iterable(map(session.train_batches.epoch, itertools.count()))
     loop.train_epoch(session.model, itertools.islice(batches, count), **session.parts(0))
@@ -75,13 +77,15 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     device = device_of(settings)
-    ways = {"with graphs": True, "without": False} if device.type == "cuda" else {"on the processor": False}
+    # graphs, Triton
+    ways = ({"graphs and Triton": (True, True), "with graphs": (True, False), "without": (False, False)} if device.type == "cuda"
+            else {"on the processor": (False, False)})
     results, rows = {way: {"seconds": []} for way in ways}, []
     with ExitStack() as sessions:
         steppers = {}
-        for way, graphs in ways.items():
+        for way, (graphs, triton) in ways.items():
             session = sessions.enter_context(opened(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device))
-            steppers[way] = partial(steps, session)
+            steppers[way] = partial(steps, session, triton=triton)
             steppers[way](5)
         for _ in range(own.rounds):
             for way, step in steppers.items():

@@ -6,6 +6,7 @@ a large library is loaded.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import glob
 import importlib.metadata
 import importlib.util
@@ -219,6 +220,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, AttributeError):    # errors may go where no file is
+            faulthandler.enable()    # where machine code crashes, in a library or a driver, it says at which of our lines
     try:
         status = main() or 0
     except UserError as error:

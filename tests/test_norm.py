@@ -1,5 +1,6 @@
 """norm: normalisation, gate, shortcut and activation in few passes are what the layers are one by one."""
 import copy
+import math
 
 import pytest
 import torch
@@ -122,15 +123,16 @@ def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, with_short
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("with_shortcut", [False, True])
-def test_what_is_infinite_or_far_away_is_what_the_layers_make_of_it(with_shortcut, dtype, always, device, monkeypatch):
+def test_what_is_infinite_or_far_away_is_what_the_formula_makes_of_it(with_shortcut, dtype, always, device):
+    """Not what torch makes of it, whose GELU of infinity is NaN on CPUs with AVX-512."""
     layer, values = nn.BatchNorm2d(1).eval().to(device), torch.tensor([float("inf"), 1e30, 1e3, 8, -8, -1e3, -1e30, float("nan"), 0])
     x = values.view(1, 1, 3, 3).to(device, dtype).to(memory_format=torch.channels_last)
-    shortcut, ways = torch.zeros_like(x) if with_shortcut else None, []
     with torch.inference_mode():
-        for least in (0, 1 << 60):
-            monkeypatch.setattr(compiled, "LEAST", least)
-            ways.append(norm.normalise(x, layer, nn.GELU(), None, shortcut, 0.3).flatten()[: 9 if dtype == torch.float32 else 4])
-    assert torch.allclose(*ways, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True), ways
+        y = norm.normalise(x, layer, nn.GELU(), None, torch.zeros_like(x) if with_shortcut else None, 0.3).flatten().double().cpu()
+    scaled = [value / math.sqrt(1 + layer.eps) for value in x.flatten().tolist()]
+    expected = torch.tensor([u * (1 + math.erf(u / math.sqrt(2))) / 2 for u in scaled], dtype=torch.float64)
+    some = slice(9 if dtype == torch.float32 else 4)    # bfloat16's GELU is 3e-5 of the number off where it is far below 0
+    assert torch.allclose(y[some], expected[some], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True), (y, expected)
 
 
 def test_statistics_keep_their_digits_where_the_mean_is_large(always, compiled_for, device):
@@ -237,6 +239,6 @@ def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, al
             results[-1]["logits"] = net.eval()(x).float().flatten()
         net.train()
     assert len(always) == 1 + 2 * (depth + (downsample == "pool"))    # every normalisation, the stem's first
-    assert all(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0) > 0.98 for name in results[0]), {
-        name: float(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0)) for name in results[0]}
+    alike = {name: float(nn.functional.cosine_similarity(results[0][name], results[1][name], dim=0)) for name in results[0]}
+    assert not {name: value for name, value in alike.items() if not value > 0.98}
     assert {"stem.0.weight", "stages.0.0.weight" if downsample == "pool" else "stages.0.0.branch.0.weight", "head.weight"} <= set(results[0])

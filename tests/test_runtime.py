@@ -43,6 +43,12 @@ def test_a_defect_keeps_its_traceback():
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 
 
+def test_a_crash_in_machine_code_says_where_it_happened():
+    done = run_python("import os, signal\nfrom seresnet import runtime\ndef main():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+                      "runtime.run_program(main)")
+    assert done.returncode == -signal.SIGSEGV and "Segmentation fault" in done.stderr and "line 4 in main" in done.stderr
+
+
 def test_a_subclass_may_choose_its_status():
     class Special(UserError):
         status = 4
