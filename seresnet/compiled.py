@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ def may_read(x: torch.Tensor) -> bool:
     not where torch only looks on what is done (traces, modes of its dispatcher, torch.func)."""
     return (not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _get_current_dispatch_mode() is None
             and torch._C._functorch.peek_interpreter_stack() is None
-            and (x.dtype in ON_A_GPU and x.numel() < 1 << 31 if x.is_cuda else x.dtype in BITS and x.device.type == "cpu")
+            and (x.dtype in ON_A_GPU and x.numel() < (1 << 31) - (1 << 16) if x.is_cuda else x.dtype in BITS and x.device.type == "cpu")
             and x.numel() >= max(1, LEAST) and x.is_contiguous(memory_format=torch.channels_last) and passes_for(x) is not None)
 
 
-def passes_for(x: torch.Tensor) -> SimpleNamespace | None:
+def passes_for(x: torch.Tensor) -> SimpleNamespace | ModuleType | None:
     """The passes for x's device, of tensors (B, H, W, C) and (B, P, C); None where it has none, or where `use_triton` has not asked."""
     if x.is_cuda:
         return passes_on_a_gpu(x.device) if _triton_is_wanted else None
@@ -48,11 +48,6 @@ def use_triton(wanted: bool) -> None:
 def bits(tensor: torch.Tensor) -> np.ndarray:
     """A bfloat16 tensor's memory as an int16 array, since numba knows no bfloat16, and a float32 tensor's as an int32 array."""
     return tensor.detach().view(BITS[tensor.dtype]).numpy()
-
-
-def pixels(images: torch.Tensor) -> np.ndarray:
-    """The bits of images (B, C, H, W) as an array (B, H, W, C): the same memory where that is channels-last, a copy elsewhere."""
-    return bits(images.permute(0, 2, 3, 1).contiguous())
 
 
 @cache
@@ -118,7 +113,7 @@ def passes() -> SimpleNamespace | None:
         try:
             found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
                                        for function in functions})
-            found.rows, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
+            found.ROWS, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
             _try(found, np.int16 if has_bf16() else np.int32)
             return found if numba.threading_layer() in ("omp", "tbb") else None
         except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
@@ -175,27 +170,20 @@ def gradient_statistics(total: torch.Tensor, product: torch.Tensor, weight: torc
 
 
 @cache
-def passes_on_a_gpu(device: torch.device) -> SimpleNamespace | None:
+def passes_on_a_gpu(device: torch.device) -> ModuleType | None:
     """As `passes`, of seresnet/gpu_kernels.py, for the GPU `device`. None where Triton is missing (torch brings it on Linux) or does not
     work, and below compute capability 8.0, which it does not support. Triton keeps the machine code on disk, in the user's folder."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        found = triton_passes()
-        _try_on(found, device)
-        return found
+        from seresnet import gpu_kernels
+        _try_on(gpu_kernels, device)
+        return gpu_kernels
     except Exception:    # not there, without a compiler for what it starts kernels by, or whatever else: torch can do all that is done here
         return None
 
 
-def triton_passes() -> SimpleNamespace:
-    """The passes of seresnet/gpu_kernels.py by name. Raises what Triton raises."""
-    from seresnet import gpu_kernels
-    names = ("pool", "unpool", "sums", "activate", "gradient_sums", "gradients", "statistics", "gradient_statistics")
-    return SimpleNamespace(**{name: getattr(gpu_kernels, name) for name in names}, rows=gpu_kernels.ROWS)
-
-
-def _try_on(passes: SimpleNamespace, device: torch.device) -> None:
+def _try_on(passes: ModuleType, device: torch.device) -> None:
     """Every pass once, in bfloat16, with little, in the form that most nets take: what is compiled here serves them."""
     with torch.device(device), torch.no_grad():
         images = torch.zeros(2, 2, 2, 32, dtype=torch.bfloat16)

@@ -173,6 +173,8 @@ class Optim:
     clip_value: float = key(0.0, "largest absolute entry of a gradient; 0 for no clipping", at_least=0)
     sam_radius: float = key(0.0, "how far up the slope gradients are taken (sharpness-aware minimisation, twice the time); 0: off", at_least=0)
     sam_from: float = key(0.0, "share of the steps behind which they are", at_least=0, below=1)
+    sam_share: float = key(1.0, "share of a batch that shows the way up: a quarter takes a quarter of a step more, not twice the time",
+                           above=0, at_most=1)
     ema_decay: float = key(0.0, "evaluate and keep the moving average of the weights, of this decay a step; 0 for the last weights",
                            at_least=0, below=1)
     schedule: str = key("cosine", "course of the learning rate after the warm-up",
@@ -361,9 +363,6 @@ def contradictions(c: Config) -> list[str]:
     if c.optim.clip_norm and c.optim.clip_value:
         found.append(f"optim.clip_norm, optim.clip_value: got {c.optim.clip_norm} and {c.optim.clip_value}, expected "
                      "one kind of clipping: set the other to 0")
-    if c.optim.sam_radius and c.run.precision == "fp16":
-        found.append(f"optim.sam_radius, run.precision: got {c.optim.sam_radius} and fp16, whose gradients may be infinite and show no way up: "
-                     "bf16 or fp32")
     if c.optim.warmup_epochs > c.loop.epochs:
         found.append(f"optim.warmup_epochs: got {c.optim.warmup_epochs}, expected at most loop.epochs = {c.loop.epochs}: give more epochs, "
                      "or a shorter rise (--optim.warmup_epochs 0 for none)")

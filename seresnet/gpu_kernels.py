@@ -1,7 +1,7 @@
 """The passes of seresnet/kernels.py for a GPU, in Triton: max-pooling, batch normalisation with what follows it.
 
 Images are bfloat16, float16 or float32 tensors (B, H, W, C) or, with pixels in a row, (B, P, C), contiguous, of fewer than 2^31
-elements; what is counted about them is float32. A program takes PIXELS pixels of CHANNELS channels. Sums are taken in an order that
+elements, less a few; what is counted about them is float32. A program takes PIXELS pixels of CHANNELS channels. Sums are taken in an order that
 depends on shapes alone.
 """
 from __future__ import annotations
@@ -202,20 +202,20 @@ def pool(x: torch.Tensor, pooled: torch.Tensor, taken: torch.Tensor) -> None:
     """As kernels.pool."""
     _, height, width, channels = x.shape
     cells = pooled.numel() // channels
-    _run(_pool, cells, channels, x, pooled, taken, cells, height, width, channels)
+    _run(_pool, cells, channels, x, pooled, taken, cells, height, width, channels, PIXELS=PIXELS)
 
 
 def unpool(gradient: torch.Tensor, taken: torch.Tensor, spread: torch.Tensor) -> None:
     """As kernels.unpool."""
     images, height, width, channels = spread.shape
     cells = images * ((height + 1) // 2) * ((width + 1) // 2)
-    _run(_unpool, cells, channels, gradient, taken, spread, cells, height, width, channels)
+    _run(_unpool, cells, channels, gradient, taken, spread, cells, height, width, channels, PIXELS=PIXELS)
 
 
 def sums(x: torch.Tensor, pivot: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> None:
     """As kernels.sums."""
     (images, size, channels), rows = x.shape, len(total)
-    _run(_sums, rows * PIXELS, channels, x, pivot, total, squares, rows, images, size, channels)
+    _run(_sums, rows * PIXELS, channels, x, pivot, total, squares, rows, images, size, channels, PIXELS=PIXELS)
 
 
 def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.Tensor, pivot: torch.Tensor,
@@ -230,14 +230,16 @@ def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.T
 def activate(x, shortcut, a, d, scale: float, y) -> None:
     """As kernels.activate."""
     images, size, channels = x.shape
-    _run(_activate, images * size, channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0)
+    _run(_activate, images * size, channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0,
+         PIXELS=PIXELS)
 
 
 def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, product) -> None:
     """As kernels.gradient_sums."""
     (images, size, channels), rows = x.shape, len(total)
     _run(_gradient_sums, rows * PIXELS, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
-         _per_image(a), ADDED=scale != 0)
+         _per_image(a), ADDED=scale != 0,
+         PIXELS=PIXELS)
 
 
 def gradient_statistics(total, product, weight, mean, deviation, count: int) -> tuple[torch.Tensor, ...]:
@@ -251,7 +253,8 @@ def gradients(gradient, x, shortcut, a, d, scale: float, of_value, constant, by_
     """As kernels.gradients."""
     images, size, channels = x.shape
     _run(_gradients, images * size, channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
-         images * size, size, channels, _per_image(a), ADDED=scale != 0)
+         images * size, size, channels, _per_image(a), ADDED=scale != 0,
+         PIXELS=PIXELS)
 
 
 def _per_image(a: torch.Tensor) -> int:
@@ -262,8 +265,6 @@ def _per_image(a: torch.Tensor) -> int:
 def _run(kernel, pixels: int, channels: int, *arguments, **constants) -> None:
     """One program for each PIXELS x CHANNELS, on the device of the arguments."""
     programs = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, CHANNELS)
-    if "ROWS" not in constants:
-        constants["PIXELS"] = PIXELS
     if programs:
         with torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants, CHANNELS=CHANNELS)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,8 @@ WITHOUT_EFFECT = {"run.resume", "run.folder", "run.cuda_graphs", "sources", "bet
                   "evaluate.batch_size", "loader.mode", "loader.workers", "loader.batches_ahead", "run.tune_allocator"}
 SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave none at all, from the scaler's 65,536 on
 # In so many it may pay that cuDNN tries its algorithms first, which took 1.2 s; it picks others in the next run, whose sums differ. And
-# that Triton is loaded, in 1.2 s, for passes of its own, which saved 0.9 to 1.3 ms a step (records/2026-11-27_gpu).
+# that Triton is loaded, in 2.6 s, whose passes saved 0.5 to 2.9 ms a step, more in larger nets: paid back after 900 steps of se96, and
+# 4,600 of se95 (records/2026-11-27_gpu).
 MANY_STEPS = 2000
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
@@ -60,6 +62,8 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     Raises UserError with the problems of betons, net and split together.
     """
     problems = [of.problem_with_batch(config.loader.batch_size)] if of.problem_with_batch(config.loader.batch_size) else []
+    if of.world > 1 and config.optim.sam_radius and config.optim.sam_share < 1:
+        problems.append(f"optim.sam_share: got {config.optim.sam_share}, expected 1 with {of.world} processes: each has a part of a batch already")
     betons: dict[str, Beton] = {}
     for name in ("train", "test") if config.evaluate.split == "test" else ("train",):
         wanted = config.model if "train" not in betons else _fitted(config, betons["train"]).model
@@ -132,7 +136,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 first_step: int, dtype: torch.dtype, device: torch.device, tally: Tally | None = None,
                 weight: Callable[[int, int], float] = lambda step, count: 1.0,
                 replay: Callable[[Callable], Callable] = lambda gradients: gradients,
-                ascend: Callable[[int], AbstractContextManager | None] = lambda step: None,
+                ascend: Callable[[int], AbstractContextManager | None] = lambda step: None, ascend_share: float = 1.0,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
     """One pass over `batches` (of loader.Batch). No step waits for the device but the first, which makes the constants, one that is
@@ -143,7 +147,7 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
     replay(gradients) does as `gradients`, which a step's forward and backward pass is, from a recording perhaps.
-    ascend(step) -> a block within which the step's gradients are taken once more, those that count, or None.
+    ascend(step) -> a block within which the step's gradients are taken, after those of the batch's first `ascend_share`, or None.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
     def gradients(images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,13 +160,15 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     tally, gradients = tally or Tally(device), replay(gradients)
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
-        inputs = augment(batch, step), batch.labels, weight(step, len(batch.labels))
-        logits, value = gradients(*inputs)
-        elsewhere = ascend(step)
+        inputs, elsewhere = (augment(batch, step), batch.labels, weight(step, len(batch.labels))), ascend(step)
+        some = len(batch.labels) if elsewhere is None else math.ceil(ascend_share * len(batch.labels))
+        logits, value = gradients(inputs[0][:some], inputs[1][:some], inputs[2])
         if elsewhere is not None:
-            logits, value = logits.clone(), value.clone()    # a recording's are its own
+            seen = logits.clone(), value.clone()    # a recording's are its own
             with elsewhere:
-                gradients(*inputs)
+                logits, value = gradients(*inputs)
+            if some == len(batch.labels):
+                logits, value = seen    # of the weights as they are
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -225,7 +231,7 @@ class Session:
         return list(accumulate(map(self.steps, range(self.config.loop.epochs)), initial=0))
 
     @property
-    def tries_algorithms(self) -> bool:
+    def is_long(self) -> bool:
         """Whether the run has so many steps that cuDNN may try its algorithms first, and Triton be loaded."""
         return self.first_step(self.config.loop.epochs) > MANY_STEPS
 
@@ -280,15 +286,17 @@ class Session:
             if self.difficulty:
                 self.difficulty.note(logits, batch.labels, batch.indices)
 
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+
         def ascend(step: int) -> AbstractContextManager | None:
             if not config.optim.sam_radius or step < self.first_step(config.loop.epochs) * config.optim.sam_from:
                 return None
-            return ascended(list(self.model.parameters()), list(self.model.buffers()), config.optim.sam_radius)
+            return ascended(parameters, buffers, config.optim.sam_radius)
 
         return dict(
-            augment=augment, weight=weight, ascend=ascend, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
+            augment=augment, weight=weight, ascend=ascend, ascend_share=config.optim.sam_share, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
-            clip=partial(clip_gradients, list(self.model.parameters()), norm=config.optim.clip_norm,
+            clip=partial(clip_gradients, parameters, norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
             learning_rate=self.learning_rate, first_step=first_step + batches_done, note=note,
             **({"replay": self.replays.of} if self.replays else {}))
@@ -334,8 +342,8 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
                       train_batches, test_batches, ranks, average,
                       Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
                       Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
-    torch.backends.cudnn.benchmark = session.tries_algorithms
-    compiled.use_triton(session.tries_algorithms)
+    torch.backends.cudnn.benchmark = session.is_long
+    compiled.use_triton(session.is_long)
     return session
 
 

@@ -69,7 +69,7 @@ class _FewPasses(torch.autograd.Function):
     def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
         images, size = len(x), x.shape[2] * x.shape[3]
         run, channels = passes_for(x), x.shape[1]
-        total, squares = (weight.new_empty(images if gate else min(run.rows, images), channels) for _ in range(2))
+        total, squares = (weight.new_empty(images if gate else min(run.ROWS, images), channels) for _ in range(2))
         pivot = x[0, :, 0, 0].float()    # sums of differences to some value of the data: where the mean is large, no digits are lost
         run.sums(_flat(x), pivot, total, squares)
         mean, deviation, factor, rest = run.statistics(norm, total, squares, pivot, images * size)
@@ -82,7 +82,7 @@ class _FewPasses(torch.autograd.Function):
                 gates = gate.gate(mean_of_image.requires_grad_())
             a, d = a * gates.detach(), d * gates.detach()
             ctx.gating = from_mean, mean_of_image, gates
-        ctx.scale = scale
+        ctx.scale, ctx.run = scale, run
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
         return _activated(x, shortcut, a, d, scale)
 
@@ -91,9 +91,9 @@ class _FewPasses(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
         images, size = len(x), x.shape[2] * x.shape[3]
-        run, channels, factor = passes_for(x), x.shape[1], weight * deviation
+        run, channels, factor = ctx.run, x.shape[1], weight * deviation
         seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale))
-        total, product = (weight.new_empty(images if ctx.gating else min(run.rows, images), channels) for _ in range(2))
+        total, product = (weight.new_empty(images if ctx.gating else min(run.ROWS, images), channels) for _ in range(2))
         run.gradient_sums(*seen, mean, total, product)
         by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
         if ctx.gating:

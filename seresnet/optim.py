@@ -213,13 +213,13 @@ def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor]
     """A block within which the parameters that have a gradient stand `radius` (their common Euclidean distance) up along it, where the loss
     is about the greatest nearby: gradients taken there are those of sharpness-aware minimisation (Foret et al., arXiv 2010.01412,
     equation 2 and algorithm 1). Parameters, and the buffers, which a second pass would count the same images into again, are what they
-    were when it is left; gradients are those of the block. Never waits for the device.
+    were when it is left; gradients are those of the block, whose dropout is drawn anew. Never waits for the device.
     """
     moved = [p for p in parameters if p.grad is not None]
     with torch.no_grad():
-        before = [tensor.detach().clone() for tensor in (*moved, *buffers)]
+        before = [[tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers)]
         gradients = [p.grad for p in moved]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         torch._foreach_add_(moved, torch._foreach_mul(gradients, radius / (norm + 1e-12)))
         for p in moved:
             p.grad = None
@@ -227,8 +227,9 @@ def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor]
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip((*moved, *buffers), before):
-                tensor.copy_(value)
+            for tensors, values in zip((moved, buffers), before):
+                if tensors:
+                    torch._foreach_copy_(tensors, values)
 
 
 def learning_rate_factor(step: int, *, schedule: str, total_steps: int, warmup_steps: int = 0, start: float = 0.0,

@@ -31,7 +31,8 @@ class _MaxPool2x2(torch.autograd.Function):
         count, channels, height, width = ctx.shape = x.shape
         pooled = x.new_empty(count, height // 2, width // 2, channels)
         ctx.taken = torch.empty_like(pooled, dtype=torch.uint8)
-        passes_for(x).pool(x.permute(0, 2, 3, 1), pooled, ctx.taken)
+        ctx.run = passes_for(x)
+        ctx.run.pool(x.permute(0, 2, 3, 1), pooled, ctx.taken)
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -39,5 +40,5 @@ class _MaxPool2x2(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         count, channels, height, width = ctx.shape
         spread = gradient.new_empty(count, height, width, channels)
-        passes_for(gradient).unpool(gradient.permute(0, 2, 3, 1).contiguous(), ctx.taken, spread)
+        ctx.run.unpool(gradient.permute(0, 2, 3, 1).contiguous(), ctx.taken, spread)
         return spread.permute(0, 3, 1, 2)

@@ -221,7 +221,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not faulthandler.is_enabled():
-        with suppress(OSError, ValueError, AttributeError):    # errors may go where no file is
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):    # errors may go where no file is, or nowhere
             faulthandler.enable()    # where machine code crashes, in a library or a driver, it says at which of our lines
     try:
         status = main() or 0

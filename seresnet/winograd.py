@@ -23,7 +23,8 @@ def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
     benchmarks/convolutions.py --precision fp32. Forwards alone, where no gradient is wanted, more channels are needed than both ways."""
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     least = LEAST_TRAINED if trains else LEAST_FORWARDS
-    return (may_read(x) and not x.is_cuda and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")    # may_read first: for traces
+    return (not x.is_cuda and may_read(x)    # first of all: for traces
+            and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
             and x.shape[1] == weight.shape[1] and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
             and weight.shape[:2].numel() >= least)
 

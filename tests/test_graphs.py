@@ -128,6 +128,7 @@ TWO_SHAPES = {"model__channels": [16, 32], "augment__sides": [12, 16], "optim__n
 
 @pytest.mark.parametrize("changes", [{}, {"optim__ema_decay": 0.9, "optim__clip_norm": 1.0}, {"loop__hardest": [1, 0.5]},
                                      {"optim__sam_radius": 0.1, "optim__sam_from": 0.4},
+                                     {"optim__sam_radius": 0.1, "optim__sam_from": 0.4, "optim__sam_share": 0.5},
                                      {"loader__drop_last": False, "optim__name": "sgd"}], ids=lambda changes: ", ".join(changes) or "plain")
 def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monkeypatch, changes):
     log, whole = {"replays": 0}, loop.open_session
@@ -142,12 +143,18 @@ def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monke
     assert outcomes[0]["loss"] == outcomes[1]["loss"] and outcomes[0]["accuracy"] == outcomes[1]["accuracy"] > 0.6
     one, other = (weights_hash(folder_of(tmp_path / name)) for name in ("plain", "recorded"))
     assert one == other and log["replays"] > 20
+    if "optim__sam_radius" in changes:
+        monkeypatch.setattr(loop, "open_session", whole)
+        for other in ({"optim__sam_radius": 0.0}, {"optim__sam_from": 0.8}, {"optim__sam_share": 0.9}):
+            train(betons, tmp_path / str(other), **{**TWO_SHAPES, **changes, **other})
+            assert weights_hash(folder_of(tmp_path / str(other))) != one
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("changes", [
     {"run__precision": "fp32"}, {"run__precision": "bf16"}, {"run__precision": "fp16", "optim__name": "sgd"}, {"loader__mode": "stream"},
-    {"model__dropout": 0.3}], ids=lambda changes: ", ".join(map(str, changes.values())))
+    {"model__dropout": 0.3}, {"optim__sam_radius": 0.1, "optim__sam_from": 0.5}, {"run__precision": "fp16", "optim__sam_radius": 0.1}],
+    ids=lambda changes: ", ".join(map(str, changes.values())))
 def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypatch, changes):
     """In passes of its own, which small batches do not take otherwise."""
     sessions, whole = [], loop.open_session

@@ -218,7 +218,7 @@ def test_what_would_wait_for_a_device_is_seen(wait):
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_no_step_but_an_epochs_first_waits_for_the_device(betons, tmp_path, name, padding):
     """As far as a CPU can show it: most operations that wait are called there, too."""
-    changes = {"optim.name": name, "optim.ema_decay": 0.9,
+    changes = {"optim.name": name, "optim.ema_decay": 0.9, "optim.sam_radius": 0.1,
                ("optim.clip_norm" if name == "sgd" else "optim.clip_value"): 1.0, "loop.hardest": [1, 0.5],
                "augment.flip": "alternating", "augment.padding": padding, "augment.cutout": 4, "augment.brightness": 0.1,
                "augment.contrast": 0.1, "augment.blur": 0.1, "augment.noise": 0.1, "augment.sides": [12], "model.dropout": 0.1,
@@ -527,7 +527,7 @@ def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
 
 # -- stop and go on -----------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0), "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
+OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0, optim__sam_radius=0.1, optim__sam_from=0.3), "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
               "muon": dict(optim__name="muon", loader__mode="stream"),
               "hardest": dict(loop__hardest=[1, 0.97, 0.5], optim__warmup_epochs=0.5, optim__schedule="onecycle")}
 

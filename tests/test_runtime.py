@@ -49,6 +49,12 @@ def test_a_crash_in_machine_code_says_where_it_happened():
     assert done.returncode == -signal.SIGSEGV and "Segmentation fault" in done.stderr and "line 4 in main" in done.stderr
 
 
+def test_a_program_without_a_place_for_its_errors_runs():
+    done = subprocess.run(["sh", "-c", "exec \"$0\" -c \"from seresnet import runtime; runtime.run_program(lambda: print('done'))\" 2>&-", sys.executable],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
 def test_a_subclass_may_choose_its_status():
     class Special(UserError):
         status = 4
