@@ -564,8 +564,8 @@ def logged(folder):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("where, calls, action, epoch, done", [
-    ("smoothed_cross_entropy", 13, terminate, 1, 4), ("smoothed_cross_entropy", 18, terminate, 1, 9),
-    ("evaluate", 2, terminate, 1, 9), ("smoothed_cross_entropy", 13, crash, 1, 0), ("smoothed_cross_entropy", 17, crash, 1, 6),
+    ("set_learning_rate", 13, terminate, 1, 4), ("set_learning_rate", 18, terminate, 1, 9),
+    ("evaluate", 2, terminate, 1, 9), ("set_learning_rate", 13, crash, 1, 0), ("set_learning_rate", 17, crash, 1, 6),
     ("evaluate", 3, crash, 2, 0), ("finish", 1, crash, 3, 0)])
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(betons, tmp_path, monkeypatch, name, where, calls, action,
                                                                    epoch, done):
