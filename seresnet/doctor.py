@@ -61,6 +61,10 @@ def examine(data: Path) -> Iterator[Finding]:
     if runtime.is_installed("torch") and runtime.is_installed("numpy") and not broken.get("torch"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
+        if "gpu" in machine:
+            there = runtime.is_installed("triton")
+            yield Finding("triton", there or None, "installed" if there else "not installed; for the GPU's quicker passes in long trainings",
+                          "" if there else "pip install triton")
         bf16 = machine["cpu_bf16"]
         yield Finding("bf16 on the CPU", True if bf16 != "none" else None, str(bf16) if bf16 != "none" else
                       "none: trainings run in fp32, several times slower than with AMX")

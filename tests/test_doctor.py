@@ -51,6 +51,17 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
     assert found["terminaltables"].good is False, "fastargs imports it"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_triton_is_asked_for_where_there_is_a_gpu(there, tmp_path, monkeypatch):
+    machine, installed = runtime.describe_machine(), runtime.is_installed
+    monkeypatch.setattr(runtime, "describe_machine", lambda: {**machine, "gpu": "a GPU"})
+    monkeypatch.setattr(runtime, "is_installed", lambda name: there if name == "triton" else installed(name))
+    found = {f.what: f for f in doctor.examine(tmp_path)}
+    assert found["triton"].good == (there or None) and ("pip install triton" in found["triton"].mend) != there
+    monkeypatch.setattr(runtime, "describe_machine", lambda: {key: value for key, value in machine.items() if key != "gpu"})
+    assert "triton" not in {f.what for f in doctor.examine(tmp_path)}
+
+
 def test_what_the_programs_import_may_be_missing(tmp_path):
     """As in a fresh clone: none of the packages can be imported."""
     hide = "import sys; [sys.modules.__setitem__(name, None) for name in sys.argv[1].split(',')]; sys.argv = ['doctor']\n" \
