@@ -161,10 +161,11 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     for step, batch in enumerate(batches, first_step):
         set_learning_rate(optimizer, learning_rate(step))
         inputs, elsewhere = (augment(batch, step), batch.labels, weight(step, len(batch.labels))), ascend(step)
-        some = len(batch.labels) if elsewhere is None else math.ceil(ascend_share * len(batch.labels))
-        logits, value = gradients(inputs[0][:some], inputs[1][:some], inputs[2])
-        if elsewhere is not None:
-            seen = logits.clone(), value.clone()    # a recording's are its own
+        if elsewhere is None:
+            logits, value = gradients(*inputs)
+        else:
+            some = math.ceil(ascend_share * len(batch.labels))
+            seen = [result.clone() for result in gradients(inputs[0][:some], inputs[1][:some], inputs[2])]    # a recording's are its own
             with elsewhere:
                 logits, value = gradients(*inputs)
             if some == len(batch.labels):
