@@ -2,11 +2,12 @@
 
 Reads what lies at sources.path, checks it, and writes beton.train and beton.test with a sidecar each. What is up to date
 is skipped; --force writes it again. Exit status: 0 done, 2 something to mend in config, data or disk, 4 no data set
-there and none downloaded, 130 interrupted.
+there, or one of other classes than the recipe's, and none downloaded, 130 interrupted.
 """
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from seresnet import beton, config, report, runtime, sources
@@ -32,6 +33,13 @@ def main() -> None:
     if not outdated:
         return
     images = source.read()
+    if settings.model.classes not in (0, len(images.classes)) and not own.force:
+        for path in filter(lambda path: _fits(path, settings.model.classes), targets.values()):
+            raise sources.MissingError(
+                f"{images.source}: has {len(images.classes)} classes ({_some(images.classes)}) and would take the place of {path}, which has "
+                f"the {settings.model.classes} of model.classes: name another place with --sources.path, other files with --beton.train "
+                "and --beton.test, or give --force")
+    print(f"classes: {_some(images.classes)}", flush=True)
     for name in outdated:
         started, split = time.perf_counter(), getattr(images, name)
         with report.CountBar(len(split.labels), name, " images") as bar:
@@ -41,6 +49,17 @@ def main() -> None:
         print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
               f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
               f"read back in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _fits(path: Path, classes: int) -> bool:
+    try:
+        return len(beton.open_beton(path).classes) == classes
+    except runtime.UserError:    # not there, or not whole
+        return False
+
+
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
 
 
 def _pixels(values: tuple[float, ...]) -> str:

@@ -38,6 +38,7 @@ else
         echo "  make train CIFAR10_DIR=<folder with cifar-10-batches-bin/, cifar-10-batches-py/ or an official .tar.gz>"
         echo "Meanwhile the same job on the data set that needs no download, scikit-learn's digits ($config):"
         echo
+        [ $# = 0 ] || echo "(without $*)"
         set --
         status=0
         convert || status=$?

@@ -309,7 +309,10 @@ class Strict(Checker):
             text += f" {limits}"
         if self.limits["pattern"]:
             text += f" like {self.limits['pattern']}"
-        return f"list of {text}" if self.is_list else text
+        if not self.is_list:
+            return text
+        fewest, most = (choose(self.limits["lengths"], default=0) for choose in (min, max))
+        return f"list of {text}" + (f", {fewest}{f' to {most}' if most > fewest else ''} of them" if most else "")
 
 
 def declare() -> fastargs.Config:

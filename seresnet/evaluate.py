@@ -87,13 +87,16 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> di
             "confusion": confusion, "recall": recall, "precision": precision}
 
 
-def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tuple[np.ndarray, np.ndarray, str]:
-    """Images uint8 (N, H, W, 3), labels int64 (N,) and a description: a beton's, or a data set's test split; with the split
-    `all` the whole set, training images and test images.
+def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test") -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 (N, H, W, 3), labels int64 (N,), numbers into `net.classes`, and a description: a beton's, or a data set's test
+    split; with the split `all` the whole set, training images and test images. The set may lack classes of the net.
 
     Raises UserError where they do not fit the net's classes and image size.
     """
-    if path.endswith(".beton"):
+    path = Path(path)
+    if not path.exists():
+        raise runtime.UserError(f"--data {path}: does not exist (looked in {Path.cwd()})")
+    if path.suffix == ".beton":
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
     else:
@@ -104,10 +107,11 @@ def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tu
             images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
         classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
     problems = []
-    if tuple(classes) != net.classes:
-        differing = sorted(set(classes) ^ set(net.classes))[:5] or "their order"
-        problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}; they differ in {differing}: give "
-                        "images of the set that it was trained on")
+    if strangers := sorted(set(classes) - set(net.classes)):
+        problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: give "
+                        "images of the classes that it was trained on")
+    else:
+        labels = np.array([net.classes.index(name) for name in classes], np.int64)[labels]
     if images.shape[1:3] != (net.image_size, net.image_size):
         problems.append(f"--data {path}: has images of {images.shape[2]} x {images.shape[1]} pixels, the net takes {net.image_size} x "
                         f"{net.image_size}: write them with --sources.image_size {net.image_size}")
@@ -116,7 +120,7 @@ def read_labelled(path: str, net: trained.TrainedNet, split: str = "test") -> tu
     return images, labels, text
 
 
-def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str, batch_size: int = 0) -> dict[str, list[float]]:
+def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str = "", batch_size: int = 0) -> dict[str, list[float]]:
     """Accuracy under each of shift.CORRUPTIONS, a list over the severities 1 to 5. Thirty times as long as clean images, and with a bar."""
     kinds = [(name, severity) for name in shift.CORRUPTIONS for severity in shift.SEVERITIES]
     found: dict[str, list[float]] = {name: [] for name in shift.CORRUPTIONS}
@@ -125,13 +129,13 @@ def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarra
     return found
 
 
-def _files_of(evaluation: Path) -> set[str]:
-    """The pictures that an earlier evaluation made, of those that are not always made, by its own account."""
+def _earlier(evaluation: Path) -> dict:
+    """What an earlier evaluation wrote; nothing where there was none."""
     try:
         content = json.loads(evaluation.read_text(encoding="utf-8"))
-        return {file for file, made in (("shift.png", "shift" in content), ("mistakes.png", content["accuracy"] < 1)) if made}
-    except (OSError, ValueError, TypeError, KeyError):
-        return set()
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def main() -> None:
@@ -141,21 +145,22 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
     parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
-    parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities")
+    parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
-    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/ beside the checkpoint]")
+    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
     if options.batch_size < 0:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     net = trained.load(options.checkpoint, options.device)
     images, labels, text = read_labelled(options.data, net, options.split)
-    folder = Path(options.out) if options.out else net.path.parent / "evaluation"
+    checkpoint = {"weights.pt": ""}.get(net.path.name, f"-{net.path.stem}")
+    folder = Path(options.out) if options.out else net.path.parent / "evaluation" / f"{Path(options.data).resolve().stem}{checkpoint}"
     report.create_folder(folder)
-    earlier = _files_of(folder / "evaluation.json")
+    earlier = _earlier(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
-    probabilities = net.probabilities(images, options.tta, options.batch_size)
+    probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started
     found = measure(probabilities, labels)
     report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta or net.tta}\n"
@@ -175,9 +180,15 @@ def main() -> None:
         report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
             *((name, *(f"{v:.2%}" for v in values), f"{mean:.2%}") for (name, values), mean in zip(outcome["shift"].items(), means)),
             ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")]))
+    elif "shift" in earlier and all(earlier.get(name) == outcome[name] for name in ("data", "checkpoint", "tta", "confusion", "classes")):
+        outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # the same net on the same images, by all that was counted
+    report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
+    if not runtime.is_installed("matplotlib"):
+        report.say(f"\n{folder}: evaluation.json; pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
+        return
+    if "shift" in outcome:
         pictures.draw_shift(outcome["shift"], found["accuracy"], f"{name}: accuracy under corruption",
                             folder / "shift.png")
-    report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
     pictures.draw_confusion(counts, net.classes, f"{name}: {found['accuracy']:.2%} of {len(labels):,} images",
                             folder / "confusion.png")
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
@@ -187,9 +198,9 @@ def main() -> None:
                     for i in wrong]
         pictures.draw_sheet(images[wrong], captions, "the most confident mistakes: true class \u2192 prediction", folder / "mistakes.png",
                             columns=8)
-    written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": options.shift}
-    for file, made in written.items():    # what an earlier evaluation left and this one did not make
-        if file in earlier and not made:
+    written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": "shift" in outcome}
+    for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
+        if earlier and was_made and not written[file]:    # what an earlier evaluation left; what is a user's own stays
             (folder / file).unlink(missing_ok=True)
     report.say(f"\n{folder}: {', '.join(file for file, made in written.items() if made)}")
 

@@ -98,13 +98,16 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m seresnet.export", description="Write a trained net as one self-contained file.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
-    parser.add_argument("--format", required=True, choices=tuple(SUFFIXES), help="of the file")
+    parser.add_argument("--format", required=True, choices=tuple(SUFFIXES), help="exported: torch.export's")
     parser.add_argument("--out", metavar="FILE", help="file to write [model.<suffix> beside the checkpoint]")
     parser.add_argument("--data", metavar="BETON", help="beton whose first 1,000 images it is checked on [the run's beton.test]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="none", help="test-time augmentation inside the file [none]")
     options = parser.parse_args(sys.argv[1:])
     net = trained.load(options.checkpoint, "cpu", "fp32")
-    data = beton.open_beton(options.data or net.config["beton"]["test"], image_size=net.image_size)
+    try:
+        data = beton.open_beton(options.data or net.config["beton"]["test"], image_size=net.image_size)
+    except UserError as error:
+        raise UserError(*error.problems, "--data BETON names another whose images the file is checked on") from error
     images = beton.read_images(data, np.arange(min(CHECKED, data.samples)))
     path = Path(options.out) if options.out else net.path.parent / f"model{SUFFIXES[options.format]}"
     report.check_writable(path)

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +26,7 @@ LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some
 PHOTOGRAPH = 16 << 10    # bytes of a file from which on its decoding is worth a thread
 OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
+TOLD = 20    # problems of image files
 SMALLER = "make them smaller with --sources.image_size"
 
 
@@ -38,21 +40,38 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in `folder` at any depth, behind links to folders too, each folder once: a link may lead to where it lies."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        yield from (Path(place, name) for name in names)
+
+
 def left_out(folder: Path, taken: Iterable[Path]) -> str:
     """A line on the pictures in `folder`, at any depth and of any format, that are not among those `taken`; '' for none."""
     taken = set(taken)
-    rest = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES) and file not in taken
+    rest = sorted(file for file in files_below(folder) if file.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES) and file not in taken
                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
     return f"left out: {len(rest):,} pictures in other places or formats, such as {rest[0]}" if rest else ""
 
 
 def as_text(name: object) -> str:
-    """An id or a class name as text: Python 2 and HDF5 keep it as bytes."""
-    return name.decode("latin1") if isinstance(name, bytes) else str(name)
+    """An id or a class name as text: Python 2 and HDF5 keep it as bytes, in UTF-8 or else in Latin 1. A text that can only be such
+    bytes, read as Latin 1, is read again."""
+    try:
+        content = name if isinstance(name, bytes) else str(name).encode("latin1")
+    except UnicodeEncodeError:
+        return str(name)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin1")
 
 
 def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str = "resize", upright: bool = True) -> np.ndarray:
-    """A PNG or JPEG file as uint8 (H, W, 3), RGB; grey values are repeated.
+    """A PNG or JPEG file as uint8 (H, W, 3), RGB; grey values are repeated, CMYK is converted, 16 bits become 8.
 
     size: side to bring it to, 0 for the file's own height and width. fit: `resize` brings both sides to `size`, `crop`
     the shorter one, of which the middle is then cut out; both interpolate bicubically over the pixels that fall together.
@@ -70,8 +89,10 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
             if image.width * image.height > LARGEST_IMAGE:    # decided from the header, before anything is decoded
                 raise SourceError(f"{where}: is {image.width} x {image.height} pixels, expected {LARGEST_IMAGE:,} in all at "
                                   "most: make it smaller, or remove it")
-            if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA"):
-                raise SourceError(f"{where}: has the pixel format {image.mode}, expected 8-bit RGB or grey: convert it")
+            if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"):
+                raise SourceError(f"{where}: has the pixel format {image.mode}, expected RGB, CMYK or grey: convert it")
+            if image.mode == "I;16":    # which convert would cut off at 255
+                image = _of_array(np.asarray(image), image)
             if image.mode in ("RGBA", "LA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 if image.getextrema()[3][0] < 255:
@@ -88,20 +109,45 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
         raise SourceError(f"{where}: {reason}: replace or remove it") from error
 
 
+def _of_array(grey: np.ndarray, image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits as an image of 8, which keeps how the camera was held."""
+    from PIL import Image
+    small = Image.fromarray((grey >> 8).astype(np.uint8))
+    small.info.update(image.info)
+    return small
+
+
 def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") -> Iterator[np.ndarray]:
     """read_image of each, in their order, photographs on all cores: Pillow lets go of Python while it decodes and resizes, which of
-    small pictures are shorter than handing one to a thread."""
+    small pictures are shorter than handing one to a thread.
+
+    Raises SourceError behind the last image before one that cannot be read, with what is wrong with that and with those after it,
+    TOLD of them at most.
+    """
     from PIL import Image
     cores = min(runtime.available_cores(), 16)
     held = 8 * cores if size else cores    # at most, decoded
-    yield from (read_image(file, size=size, fit=fit) for file in files[:1])    # by which whoever asks sees what all will take
+    problems: list[str] = []
+
+    def decoded(file: Path) -> np.ndarray | None:
+        try:
+            return _decoded(file, str(file), size, fit, True)
+        except SourceError as error:
+            problems.extend(error.problems)
+            return None
     with ThreadPoolExecutor(cores) as pool:
-        for start in range(1, len(files), held):
-            part = files[start:start + held]
+        for start, end in pairwise([0, *range(1, len(files), held), len(files)]):    # one first: by it whoever asks sees what all will take
+            part = files[start:end]
             read = pool.map if sum(map(_bytes_of, part)) > len(part) * PHOTOGRAPH else map
             with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # of all threads
-                images = list(read(lambda file: _decoded(file, str(file), size, fit, True), part))
-            yield from images
+                images = list(read(decoded, part))
+            if not problems:
+                yield from images
+            if len(problems) > TOLD:
+                problems[TOLD:] = [f"{Path(files[0]).parent}: and there may be more: {len(files) - end:,} images were not looked at"]
+                break
+    if problems:
+        raise SourceError(*problems)
 
 
 def _bytes_of(file: Path) -> int:
@@ -227,6 +273,9 @@ class _Dtype:
     __slots__ = ("dtype",)
 
     def __init__(self, code: object):
+        if code == "O8":
+            raise SourceError("holds an array of 'O8', expected numbers or texts: do not trust this file, or, where you wrote it, write it "
+                              "again with .tolist() behind that array")
         if not (isinstance(code, str) and re.fullmatch(r"[<>|=]?[biufSU][1-9]\d{0,3}", code)):
             raise SourceError(f"holds an array of {code!r}, expected numbers: do not trust this file")
         self.dtype = np.dtype(code)

@@ -55,7 +55,8 @@ def problems_of(images: ImageSet) -> Iterable[str]:
         elif name == "train":
             missing = np.flatnonzero(np.bincount(split.labels, minlength=len(images.classes)) == 0)
             if len(missing):
-                yield f"train has no image of class {images.classes[missing[0]]}"
+                yield f"train has no image of class {images.classes[missing[0]]}" + (
+                    ": labels count from 0, so subtract 1 where they count from 1" if missing[0] == 0 and images.classes[0] == "0" else "")
     if images.train.images.shape[1:] != images.test.images.shape[1:]:
         yield (f"train images are {images.train.images.shape[1:3]} pixels, test images {images.test.images.shape[1:3]}: "
                "bring all to one size first")

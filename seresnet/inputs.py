@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import (IMAGE_SUFFIXES, SourceError, as_text, check_room, fit_images, is_image, left_out, load_pickle,
-                            read_arrays, read_image, read_image_files)
+from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, as_text, check_room, files_below, fit_images, is_image, left_out,
+                            load_pickle, read_arrays, read_image, read_image_files)
 from seresnet.sources import as_images
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
-ID_KEYS = ("ids", "id", "ID")
+ID_KEYS = ("ids", "id")
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".p", "")
 IN_PARTS = "predict them in parts"
 BINARY_ROWS = (3073, 3074, 3072)    # CIFAR-10's rows (a label byte and the pixels), CIFAR-100's (two), pixels alone
 
@@ -46,6 +47,8 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unl
         found = _folder(path, image_size, size, fit)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         found = Unlabelled([path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
+    elif path.suffix.lower() in OTHER_PICTURES:
+        raise SourceError(f"{path}: is a picture in a format that we do not read: convert it to PNG or JPEG")
     elif path.suffix == ".beton":
         images = read_images(open_beton(path))
         found = Unlabelled([str(i) for i in range(len(images))], images)
@@ -68,10 +71,10 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
 
 
 def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
-    names = [name for name in (file.relative_to(path) for file in path.rglob("*")) if is_image(name)]
+    names = [name for name in (file.relative_to(path) for file in files_below(path)) if is_image(name)]
     if not names:
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
-    names.sort(key=lambda name: (str(name.parent), len(name.stem) if name.stem.isdigit() else 0, str(name)))
+    names.sort(key=lambda name: (str(name.parent), int(name.stem) if name.stem.isdecimal() else -1, str(name)))
     check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
     for i, image in enumerate(read_image_files([path / name for name in names], size, fit)):
@@ -81,8 +84,10 @@ def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
 
 def _table(path: Path) -> Unlabelled:
     """Arrays in one file."""
-    if path.suffix in (".npy", ".npz"):
+    if path.suffix.lower() in (".npy", ".npz"):
         content = read_arrays(path)
+        if len(content) == 1:    # whatever it is called: numpy's arr_0, unless told otherwise
+            content = {"images": next(iter(content.values()))}
     elif path.suffix == ".bin":
         content = {"data": _binary_rows(path)}
     else:
@@ -91,10 +96,17 @@ def _table(path: Path) -> Unlabelled:
                 content = load_pickle(file, str(path))
         except OSError as error:
             raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+        except SourceError as error:
+            if path.suffix.lower() in PICKLE_SUFFIXES:
+                raise
+            raise SourceError(f"{error}; read are folders, {', '.join(IMAGE_SUFFIXES)}, .npy, .npz, .beton, .bin, and pickles") from error
         content = {"data": content} if isinstance(content, np.ndarray) else content
     if not isinstance(content, dict):
         raise SourceError(f"{path}: holds a {type(content).__name__}, expected a dict with `data`, or an array of images")
+    content = {str(key).lower(): value for key, value in content.items()}    # X_test, ID
     key = next((key for key in IMAGE_KEYS if isinstance(content.get(key), np.ndarray)), None)
+    if key is None and (lists := [key for key in IMAGE_KEYS if isinstance(content.get(key), (list, tuple))]):
+        raise SourceError(f"{path}: {lists[0]} is a list, expected one array of images: numpy.stack makes it of them")
     if key is None:
         raise SourceError(f"{path}: holds {', '.join(map(repr, sorted(map(str, content))[:8])) or 'nothing'}, expected an array of "
                           f"images named {' or '.join(IMAGE_KEYS)}")
@@ -110,7 +122,10 @@ def _table(path: Path) -> Unlabelled:
         raise SourceError(f"{path}: its ids are no list of numbers or words: leave them out, or mend them") from error
     if ids.size != len(images):    # before they become texts: a file of some bytes may claim any number
         raise SourceError(f"{path}: has {len(images)} images and {ids.size} ids: every image needs one")
-    return Unlabelled([as_text(name) for name in ids.reshape(-1).tolist()], images)
+    ids = ids.reshape(-1)
+    if ids.dtype.kind == "f" and (ids == np.floor(ids)).all() and (np.abs(ids) < 2**53).all():    # a table's numbers, read as floats
+        ids = ids.astype(np.int64)
+    return Unlabelled([as_text(name) for name in ids.tolist()], images)
 
 
 def _binary_rows(path: Path) -> np.ndarray:

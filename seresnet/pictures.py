@@ -1,7 +1,9 @@
 """Pictures of a training: curves, runs side by side, confusion matrix, contact sheets. The one file that knows matplotlib."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,21 @@ import numpy as np
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")    # Paul Tol's bright scheme
 STYLES = (("-", "o"), ("--", "o"), (":", "s"), ("-.", "D"))    # lines and markers, where there are more runs than colours
+
+
+def _drawing(draw: Callable) -> Callable:
+    """`draw` with all text drawn as it is written: a class may be called `$x$`, and fonts lack letters of half the world."""
+    @functools.wraps(draw)
+    def drawn(*arguments, **named):
+        import matplotlib
+        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings(action="ignore", category=UserWarning):
+            return draw(*arguments, **named)
+    return drawn
+
+
+def _label(name: str) -> str:
+    """A name for a legend, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _figure(width: float, height: float):
@@ -25,6 +42,7 @@ def _bare(axes) -> None:
         axes.spines[side].set_visible(False)
 
 
+@_drawing
 def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
     """One figure of three plots over the epochs: loss, accuracy, learning rate; train and evaluation split."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -65,6 +83,7 @@ def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
     figure.savefig(path)
 
 
+@_drawing
 def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
     """Runs side by side: accuracy over the epochs, and each run's final accuracy over its training time.
 
@@ -76,7 +95,7 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
     for i, run in enumerate(runs):
         (style, marker), colour = STYLES[i // len(COLOURS) % len(STYLES)], COLOURS[i % len(COLOURS)]
         points = [(r["epoch"], r["test_accuracy"]) for r in run["records"] if r["test_accuracy"] is not None]
-        curves.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=run["label"],
+        curves.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=_label(run["label"]),
                     marker="o" if len(points) <= 40 else None, markersize=3)
         if run["outcome"]:
             times.plot(run["outcome"]["train_seconds"] + run["outcome"]["eval_seconds"], run["outcome"]["accuracy_tta"], marker,
@@ -97,6 +116,7 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path)
 
 
+@_drawing
 def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
     """Accuracy over minutes, on a logarithmic axis: our series with their seeds, others' trainings beside them.
 
@@ -137,6 +157,7 @@ def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path)
 
 
+@_drawing
 def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
     """A confusion matrix, integers (K, K): a row a true class, a column a predicted one, coloured by the share of its row."""
     from matplotlib.ticker import PercentFormatter
@@ -163,6 +184,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str, path:
     figure.savefig(path)
 
 
+@_drawing
 def draw_sheet(images: np.ndarray, captions: Sequence[str], title: str, path: Path, *, columns: int,
                column_titles: Sequence[str] = ()) -> None:
     """A contact sheet of uint8 (N, H, W, 3), N at least 1, each with its caption below, `columns` in a row."""
@@ -180,6 +202,7 @@ def draw_sheet(images: np.ndarray, captions: Sequence[str], title: str, path: Pa
     figure.savefig(path)
 
 
+@_drawing
 def draw_shift(severities: Mapping[str, Sequence[float]], plain: float, title: str, path: Path) -> None:
     """Accuracy over severity (1 to 5), a line a corruption; `plain` is the accuracy on the images as they are."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter

@@ -42,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seresnet.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
     parser.add_argument("--images", required=True, metavar="FILE_OR_DIR",
-                        help="image folder, .npy, .npz, .beton, CIFAR's .bin, or a pickle of a dict with `data` and perhaps `ids`")
-    parser.add_argument("--out", required=True, metavar="FILE", help="CSV file to write")
+                        help="image folder or picture, .npy, .npz, .beton, CIFAR's .bin, or a pickle of a dict with `data` and perhaps `ids`")
+    parser.add_argument("--out", required=True, metavar="FILE", help="CSV file to write; - for standard output")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
     parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
                         help="ID,Labels alone, or with every class's probability [kaggle]")
@@ -56,24 +56,29 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     if options.batch_size < 0:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
-    header = options.header.split(",")
-    if len(header) != 2 or not all(name.strip() for name in header):
+    header = [name.strip() for name in options.header.split(",")]
+    if len(header) != 2 or not all(header):
         parser.error(f"--header: got {options.header!r}, expected two names with a comma between them, such as id,label")
-    report.check_writable(options.out)
+    to_stdout = options.out == "-"
+    if not to_stdout:
+        report.check_writable(options.out)
     net = trained.load(options.checkpoint, options.device)
     sources = net.config["sources"]
     fit = (sources["fit"] if sources["image_size"] else "none") if options.fit == "auto" else options.fit
     started = time.perf_counter()
     found = read_unlabelled(options.images, net.image_size, fit)
     read_seconds = time.perf_counter() - started
-    probabilities = net.probabilities(found.images, options.tta, options.batch_size)
+    probabilities = net.probabilities(found.images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started
-    report.write_text(options.out, as_csv(found.ids, probabilities, net.classes, names=options.names,
-                                          proba=options.format == "proba", header=header))
+    text = as_csv(found.ids, probabilities, net.classes, names=options.names, proba=options.format == "proba", header=header)
+    if to_stdout:
+        report.say(text.removesuffix("\n"))
+    else:
+        report.write_text(options.out, text)
     if found.left_out:
-        report.say(found.left_out)
+        report.say(found.left_out, aside=to_stdout)
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
-               f"{net.path}, TTA {options.tta or net.tta}: {options.out}")
+               f"{net.path}, TTA {options.tta or net.tta}: {options.out}", aside=to_stdout)
 
 
 if __name__ == "__main__":

@@ -331,9 +331,9 @@ def print_outcome(outcome: Mapping, folder: Path) -> None:
           f"{outcome['total_seconds']:.1f} s; {folder}", flush=True)
 
 
-def say(text: str) -> None:
-    """A line, or several, for the user."""
-    print(text, flush=True)
+def say(text: str, aside: bool = False) -> None:
+    """A line, or several, for the user; `aside` on the error stream, where the other carries results."""
+    print(text, flush=True, file=sys.stderr if aside else sys.stdout)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -351,7 +351,8 @@ def check_writable(path: Path | str) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected the name of a file to write")
-    if path.exists() and not path.is_file():    # a file takes its place when all is done: of /dev/null, for every program
+    system = any(place.is_relative_to(root) for place in (path.absolute(), path.resolve()) for root in ("/dev", "/proc"))
+    if system or path.exists() and not path.is_file():    # a file takes its place when all is done: of /dev/null, for every program
         raise UserError(f"{path}: is no regular file, expected the name of one to write")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: create it, or name another place")
@@ -395,6 +396,11 @@ def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Itera
     if not _has_bars():
         return iter(items)
     return _with_bar(items, total, label, done)
+
+
+def watched(label: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """What shows such a bar for whatever it is called with."""
+    return lambda items: progress(items, len(items), label)
 
 
 def _with_bar(items: Iterable[T], total: int, label: str, done: int) -> Iterator[T]:
@@ -475,8 +481,8 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
             records = [json.loads(line) for line in text.splitlines()]
             done = (folder / "report.json").is_file()
             outcome = json.loads((folder / "report.json").read_text(encoding="utf-8")) if done else None
-            for row in [] if outcome is None else [outcome]:
-                [show(row[name]) for name, show in COLUMNS.values()]
+            if done:
+                [show(outcome[name]) for name, show in COLUMNS.values()]
             [(r["epoch"], r["test_accuracy"]) for r in records]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
@@ -494,7 +500,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m seresnet.report", description="Lay runs side by side: a table and a picture.")
-    parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders; what is none is passed over")
+    parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders; other paths are skipped")
     parser.add_argument("--csv", metavar="FILE", help="write the table there as CSV, too")
     parser.add_argument("--picture", metavar="FILE", help="draw curves, and accuracy against time, there")
     options = parser.parse_args(sys.argv[1:])

@@ -483,8 +483,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     of `path`. At any moment `path` is the old file or the new one, whole, also after a power failure.
 
     The mode follows the user's umask. A process that is killed leaves its temporary file; the next one that writes to `path`
-    removes it. OSErrors come out as they are; `path` is then untouched.
+    removes it. OSErrors come out as they are; `path` is then untouched. Where `path` is a link, it stays one, and what it leads to is
+    replaced.
     """
+    path = path.resolve()
     remove_abandoned(path.parent, glob.escape(path.name))
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

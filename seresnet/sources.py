@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, fit_images, is_image, left_out, read_arrays,
-                            read_image, read_image_files)
+from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, files_below, fit_images, is_image, left_out,
+                            read_arrays, read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
 TEST_NAMES = ("test", "val", "valid", "validation")
 SPLIT_NAME = re.compile(rf"(train|training|testing|{'|'.join(TEST_NAMES)})([\W_\d].*)?", re.IGNORECASE)    # test1, train_images
 LABEL_FILE = "trainLabels.csv"
+ARRAY_NAMES = {    # in an .npz file, images and labels; `all` is a set without a test split
+    **{split: ((f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")) for split in ("train", "test", "val")},
+    "all": (("x", "y"), ("images", "labels"))}
 SUPPLY = (f"Put an official layout of CIFAR ({WEBSITE}: cifar-10-batches-bin/, cifar-10-batches-py/, cifar-10-python.tar.gz, "
           "...), a folder a class (train/<class>/*.png + test/<class>/*.png, or without the split), the Hub's "
           "train-*.parquet, or an .npz file there, or name another place with --sources.path")
@@ -129,7 +133,7 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
         if several := _several(kind, found[kind], path):
             raise SourceError(f"sources.path: {path} holds several data sets: {', '.join(several[:5])}: name one of them")
         return Source(kind, found[kind], **how)
-    there = "is there, but holds no data set that we read" if path.exists() else "does not exist"
+    there = f"is there, but holds no data set that we read{_hint(path)}" if path.exists() else "does not exist"
     if found:
         there = f"holds {', '.join(found)}, not {kind}"
     raise (SourceError if found else MissingError)(
@@ -152,16 +156,40 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
             found.append(("parquet", path))
         if any(files for tree in _trees(path).values() for _, files in tree):
             found.append(("folder", path))
-        found += [("arrays", file) for file in sorted(path.glob("*.npz"))[:1]]
+        found += [("arrays", file) for file in _labelled_arrays(path)[:1]]
     elif path.suffix == ".npz" and path.is_file():
         found.append(("arrays", path))
     return found
 
 
+def _labelled_arrays(path: Path) -> list[Path]:
+    """The .npz files in `path` that hold a set to train on: others are of something else, such as images to predict."""
+    found = []
+    for file in sorted(path.glob("*.npz")):
+        try:
+            with zipfile.ZipFile(file) as content:
+                names = {name.removesuffix(".npy") for name in content.namelist()}
+        except (OSError, zipfile.BadZipFile):
+            names = set(ARRAY_NAMES["train"][0])    # damaged: whoever reads it says so
+        if any(names.issuperset(pair) for pairs in ARRAY_NAMES.values() for pair in pairs):
+            found.append(file)
+    return found
+
+
+def _hint(path: Path) -> str:
+    """Where there are pictures below `path` nevertheless, in words; '' for nowhere."""
+    if not path.is_dir():
+        return ""
+    first = next((file for file in files_below(path) if is_image(file.relative_to(path))), None)
+    if first is None:
+        return ""
+    return f": {first} is a picture, and a folder is wanted that holds a folder a class, or train/ and test/ with one a class each"
+
+
 def _several(kind: str, place: Path, path: Path) -> list[str]:
     """The names of the sets where more than one of that kind lies at `path`, and none of them was named."""
     if kind == "arrays" and place != path:
-        names = [file.name for file in sorted(path.glob("*.npz"))]
+        names = [file.name for file in _labelled_arrays(path)]
     elif kind == "parquet":
         names = sorted({str(file.parent.relative_to(path)) for file in _parquet_files(path)["train"]})
     else:
@@ -228,7 +256,7 @@ def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str]
 
 def _image_files(folder: Path) -> list[Path]:
     try:
-        return sorted(file for file in folder.iterdir() if is_image(Path(file.name)))
+        return sorted(file for file in folder.iterdir() if is_image(Path(file.name)) and not file.is_dir())
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}: expected a folder of images") from error
 
@@ -236,7 +264,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
     """(class name, its image files) in alphabetical order; nothing where `folder` is none."""
     try:
-        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX")))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -246,14 +274,21 @@ def _class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
 
 def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
     """The class folders of `train` and `test` where the set is split so, else of the whole, under the name `all`."""
-    train = _class_folders(path / "train")
+    train = _class_folders(_child(path, "train"))
     if not train:    # `train` may be a class, such as CIFAR-100's, but not where nothing but splits stands beside it
         whole = _class_folders(path)
         splits = [SPLIT_NAME.fullmatch(name) for name, _ in whole]    # test-positive and test-negative are classes, of one word
         words = {found[1].lower() for found in splits if found}
         return {"all": [] if all(splits) and (len(words) > 1 or len(whole) < 2) else whole}
-    test = next((path / name for name in TEST_NAMES if _class_folders(path / name)), None)
+    test = next((folder for name in TEST_NAMES if _class_folders(folder := _child(path, name))), None)
     return {"train": train, "test": _class_folders(test)} if test else {"all": train}
+
+
+def _child(path: Path, name: str) -> Path:
+    """The folder `name` in `path`, however it is capitalised there: Train, TEST."""
+    if (path / name).is_dir() or not path.is_dir():
+        return path / name
+    return next((entry for entry in sorted(path.iterdir()) if entry.name.lower() == name and entry.is_dir()), path / name)
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
@@ -312,7 +347,7 @@ def _read_kaggle(source: Source) -> ImageSet:
         raise SourceError(f"{place}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not rows or [cell.strip().lower() for cell in rows[0]] != ["id", "label"] or any(len(row) != 2 for row in rows):
         raise SourceError(f"{place}: expected the header id,label and two values a line")
-    labels = {key.strip(): label.strip() for key, label in rows[1:]}
+    labels = {_without_suffix(key.strip()): label.strip() for key, label in rows[1:]}
     if len(labels) != len(rows) - 1:
         raise SourceError(f"{place}: names {len(rows) - 1 - len(labels)} ids twice")
     found = _image_files(source.path / "train")
@@ -331,6 +366,11 @@ def _read_kaggle(source: Source) -> ImageSet:
     targets = np.array([numbers[labels[key]] for key in ids], np.int64)
     return ImageSet(source.path.resolve().name, source.describe(), classes,
                     *_split_off_test(images, targets, ids, source.test_share))
+
+
+def _without_suffix(name: str) -> str:
+    """An id that is a file's name, as some sets have them, without .png or .jpg."""
+    return name.rpartition(".")[0] if name.lower().endswith(IMAGE_SUFFIXES) else name
 
 
 # -- tables and arrays --------------------------------------------------------------------------------------------------
@@ -408,9 +448,7 @@ def _read_arrays(source: Source) -> ImageSet:
     """An .npz file with x_train, y_train, x_test, y_test (or train_images, train_labels, ...), or with one split: x and y,
     or images and labels. Class names in `classes`, else numbers. Images uint8 (N, H, W), (N, H, W, 3), or (N, 3, H, W)."""
     arrays, read = read_arrays(source.path), {}
-    for split in ("train", "test", "val", "all"):
-        pairs = [("x", "y"), ("images", "labels")] if split == "all" else [
-            (f"x_{split}", f"y_{split}"), (f"{split}_images", f"{split}_labels")]
+    for split, pairs in ARRAY_NAMES.items():
         for x, y in pairs:
             if x in arrays and y in arrays:
                 images, labels = as_images(arrays[x], f"{source.path}: {x}"), arrays[y].reshape(-1)
@@ -456,9 +494,10 @@ def _check_planes(rows: np.ndarray, where: str) -> None:
     if not len(rows):
         return
     sample = rows[:1000].astype(np.int16)
-    planes = np.abs(np.diff(sample.reshape(-1, 3, 32, 32), axis=3)).mean()
-    pixels = np.abs(np.diff(sample.reshape(-1, 32, 32, 3), axis=2)).mean()
-    if planes > 1.5 * pixels:
+    as_planes, as_pixels = sample.reshape(-1, 3, 32, 32), sample.reshape(-1, 32, 32, 3)
+    planes, pixels = np.abs(np.diff(as_planes, axis=3)).mean(), np.abs(np.diff(as_pixels, axis=2)).mean()
+    grey = (as_pixels == as_pixels[..., :1]).all() and not (as_planes == as_planes[:, :1]).all()    # where each value stands three times
+    if planes > 1.5 * pixels or grey:
         raise SourceError(f"{where}: its rows hold red, green and blue of each pixel side by side, expected all red values, then "
                           "green, then blue: reshape them to (N, 32, 32, 3)")
 

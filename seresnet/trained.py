@@ -1,6 +1,7 @@
 """A trained net from its run folder: uint8 images in, probabilities out."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,12 +44,14 @@ class TrainedNet:
         self.image_size, self.path, self.device, self.dtype = arguments["image_size"], path, device, dtype
 
     @torch.inference_mode()
-    def probabilities(self, images: np.ndarray, tta: str = "", batch_size: int = 0) -> np.ndarray:
+    def probabilities(self, images: np.ndarray, tta: str = "", batch_size: int = 0, *,
+                      watch: Callable[[Sequence[int]], Iterable[int]] = iter) -> np.ndarray:
         """float32 (N, classes), each row a distribution, for uint8 RGB images (N, image_size, image_size, 3).
 
-        tta: test-time augmentation, a key of tta.VIEWS; '' for what the net's own recipe ends with (its evaluate.tta and
-        evaluate.tta_sure), so that its reported accuracy holds. batch_size: images a forward pass, 0 for the recipe's
-        evaluate.batch_size. Raises ValueError for images of another shape or dtype, or a `tta` that there is not.
+        tta: test-time augmentation, a key of tta.VIEWS, of all images; '' for what the net's own recipe ends with (its evaluate.tta
+        and evaluate.tta_sure), so that its reported accuracy holds. batch_size: images a forward pass, 0 for the recipe's
+        evaluate.batch_size. watch: what the numbers of the batches' first images pass through, such as a progress bar. Raises
+        ValueError for images of another shape or dtype, or a `tta` that there is not.
         """
         images, side = np.asarray(images), self.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
@@ -61,7 +64,7 @@ class TrainedNet:
         found = [np.empty((0, len(self.classes)), np.float32)]
         with runtime.memory_explained(self.device, f"a batch of {batch_size} images of {side} x {side} pixels",
                                       f"give a batch size of {max(1, batch_size // 2)}"):
-            for start in range(0, len(images), batch_size):
+            for start in watch(range(0, len(images), batch_size)):
                 batch = torch.from_numpy(np.require(images[start:start + batch_size], requirements="CW")).to(self.device).permute(0, 3, 1, 2)
                 _, mean_view = log_probabilities(self.model, normalise(batch, self.mean, self.std, self.dtype), tta, self.dtype, sure)
                 found.append(mean_view.exp().cpu().numpy())
@@ -84,7 +87,10 @@ def load(path: Path | str, device: str = "auto", precision: str = "auto") -> Tra
     if missing:
         raise CheckpointError(f"{file}: holds no trained net (no {', '.join(sorted(missing))}): name a run folder, or its "
                               "weights.pt or best.pt")
-    where = runtime.pick_device(device)
+    try:
+        where = runtime.pick_device(device)
+    except runtime.UserError as error:    # there is no section `run` here
+        raise runtime.UserError(*(problem.removeprefix("run.") for problem in error.problems)) from error
     dtype = runtime.pick_dtype(precision, where)
     try:
         return TrainedNet(state, file, where, dtype)

@@ -1,5 +1,6 @@
 """evaluate: views are averaged before the decision, every sample counts once, against one-by-one arithmetic."""
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +134,9 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert told["accuracy"] == outcome["accuracy_tta"] and np.array(told["confusion"]).sum() == 60
     assert set(told["shift"]) == {"noise", "blur", "brightness", "contrast", "jpeg", "pixelation"}
     assert {path.name for path in (tmp_path / "told").iterdir()} >= {"evaluation.json", "confusion.png", "shift.png"}
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--out", "told")
+    assert status == 0 and json.loads((tmp_path / "told/evaluation.json").read_text())["shift"] == told["shift"], "of the same net and images it stays"
+    assert (tmp_path / "told/shift.png").exists()
     (tmp_path / "told/notes.txt").write_text("a user's own")
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder / "best.pt", "--data", folder.parent / "test.beton",
                                         "--out", "told")
@@ -156,4 +160,12 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     (tmp_path / "set/train/cat").rename(tmp_path / "set/train/rat")
     (tmp_path / "set/test/cat").rename(tmp_path / "set/test/rat")
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "again")
-    assert status == 2 and "they differ in ['cat', 'rat']" in errors and not (tmp_path / "again").exists()
+    assert status == 2 and "has 3 classes, the net 3, and not rat" in errors and not (tmp_path / "again").exists()
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "set" / split / "rat")    # a set may lack classes
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set")
+    assert status == 0 and "| cat " in output and f": {(test.labels > 0).sum()} images" in output, errors
+    told = json.loads((folder / "evaluation/set/evaluation.json").read_text())
+    assert told["accuracy"] > 0.6 and np.array(told["confusion"]).sum(1).tolist() == np.bincount(test.labels[test.labels > 0], minlength=3).tolist()
+    status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "nowhere")
+    assert status == 2 and "error: --data nowhere: does not exist" in errors

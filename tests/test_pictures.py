@@ -1,4 +1,6 @@
 """pictures: they are drawn for few and for many classes, runs and images, and nothing is cut off."""
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +21,17 @@ def test_a_confusion_matrix(tmp_path, classes):
     names = [f"class with a long name {i}" for i in range(classes)]
     pictures.draw_confusion(counts, names, "a test", tmp_path / "c.png")
     assert not ink_at_the_edge(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("name", ["$x_$", "$a$ b$c$", "日本", "_x", "a^b_c"])
+def test_names_are_drawn_as_they_are_written(tmp_path, name, recwarn):
+    pictures.draw_confusion(np.eye(2, dtype=int), [name, "b"], name, tmp_path / "c.png")
+    pictures.draw_sheet(np.zeros((1, 8, 8, 3), np.uint8), [name], name, tmp_path / "s.png", columns=1)
+    records = [{"epoch": 1, "test_accuracy": 0.5}]
+    pictures.draw_runs([{"label": name, "records": records, "outcome": {"train_seconds": 1, "eval_seconds": 1, "accuracy_tta": 0.5}}],
+                       tmp_path / "r.svg")
+    drawn = re.findall("<!-- (.*?) -->", (tmp_path / "r.svg").read_text())
+    assert not recwarn.list and name.strip("$") in " ".join(drawn)
 
 
 @pytest.mark.parametrize("count", [1, 8, 40])

@@ -27,5 +27,5 @@ def test_a_training_and_what_follows_it_work_elsewhere(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["accuracy"] == told["again"] > 0.6 and told["predicted"] == 2
-    assert "emü" in (tmp_path / "run/evaluation/evaluation.json").read_text(encoding="utf-8").encode().decode("unicode_escape")
+    assert "emü" in (tmp_path / "run/evaluation/test/evaluation.json").read_text(encoding="utf-8").encode().decode("unicode_escape")
     assert {path.name for path in tmp_path.iterdir()} >= {"p.csv", "runs.png", "runs.csv"}

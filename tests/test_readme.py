@@ -79,7 +79,7 @@ def test_what_to_do_with_a_trained_net(place):
         else:
             shell(place, text)
     for name in ("proba.csv", "runs.csv", "runs.png", "preview.png", "runs/pets/model.pt2", "pets.onnx", "runs/pets/model.onnx",
-                 "runs/pets/evaluation/evaluation.json", "runs/pets/evaluation/shift.png"):
+                 "runs/pets/evaluation/own_test/evaluation.json", "runs/pets/evaluation/own_test/shift.png"):
         assert (place / name).stat().st_size > 0, name
 
 

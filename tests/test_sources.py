@@ -21,7 +21,7 @@ from seresnet import files, imageset, sources
 from seresnet.cifar import DownloadError
 from seresnet.files import SourceError
 from seresnet.imageset import ImageSet, Split
-from seresnet.sources import find_source
+from seresnet.sources import MissingError, find_source
 
 CIFAR10 = official.SETS["cifar10"]
 
@@ -343,6 +343,67 @@ def test_a_folder_tree_reads_as_its_files(tree):
         assert np.array_equal(read.test.images[2 * i + 1], np.asarray(Image.open(tree / "test" / c / "001.png")))
 
 
+def test_splits_are_found_however_they_are_capitalised(tree):
+    for split in ("train", "test"):
+        (tree / split).rename(tree / split.title())
+    (tree / "__MACOSX/Train/cat").mkdir(parents=True)
+    assert [len(split.labels) for split in (find_source(tree).read().train, find_source(tree).read().test)] == [12, 6]
+    (tree / "cat.png").mkdir()
+    (tree / "Train/cat/9.png").mkdir()    # folders, whatever they are called
+    assert len(find_source(tree).read().train.labels) == 12
+
+
+def test_where_pictures_lie_deeper_it_is_said(tree):
+    (tree / "wrapped/once/pets").mkdir(parents=True)
+    (tree / "train").rename(tree / "wrapped/once/pets/train")
+    with pytest.raises(MissingError, match=r"000.png is a picture, and a folder is wanted that holds a folder a class"):
+        find_source(tree / "wrapped")
+
+
+def test_all_that_cannot_be_read_is_told_at_once(tree, monkeypatch):
+    for name in ("train/cat/001", "train/dog/000", "test/emu/001"):
+        (tree / f"{name}.png").write_bytes(b"GIF89a")
+    with pytest.raises(SourceError) as caught:
+        find_source(tree).read()
+    assert [problem.split(":")[0].removeprefix(str(tree)) for problem in caught.value.problems] == ["/train/cat/001.png", "/train/dog/000.png"]
+    monkeypatch.setattr(files, "TOLD", 1)
+    with pytest.raises(SourceError) as caught:
+        find_source(tree).read()
+    assert len(caught.value.problems) == 2 and "images were not looked at" in caught.value.problems[1]
+
+
+def test_cmyk_and_16_bits_are_converted(tmp_path):
+    colours = np.zeros((8, 8, 3), np.uint8) + np.array([200, 30, 90], np.uint8)
+    Image.fromarray(colours).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(files.read_image(tmp_path / "cmyk.jpg").astype(int) - colours).max() <= 3
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save(tmp_path / "16.png")
+    assert np.array_equal(files.read_image(tmp_path / "16.png"), np.repeat((grey // 256).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_arrays_beside_a_set_are_not_taken_for_it(tmp_path):
+    images, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 2
+    np.savez(tmp_path / "hidden.npz", images=images)
+    with pytest.raises(MissingError, match="holds no data set"):
+        find_source(tmp_path)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=labels)
+    assert find_source(tmp_path).path.name == "labelled.npz"
+    (tmp_path / "damaged.npz").write_bytes(b"x")
+    with pytest.raises(SourceError, match="several data sets: damaged.npz, labelled.npz"):
+        find_source(tmp_path)
+
+
+def test_labels_that_count_from_one_are_named(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((12, 4, 4, 3), np.uint8), labels=np.arange(12) % 2 + 1)
+    with pytest.raises(SourceError, match="no image of class 0: labels count from 0, so subtract 1"):
+        find_source(tmp_path / "x.npz").read()
+
+
+@pytest.mark.parametrize("name, text", [("é".encode(), "é"), (b"caf\xe9", "café"), ("Ã©", "é"), ("é", "é"), ("日本", "日本"), (7, "7"), ("cat", "cat")])
+def test_names_are_read_in_the_encoding_that_they_have(name, text):
+    assert files.as_text(name) == text
+
+
 def test_grey_and_jpeg_files_become_rgb(tree):
     write_tree(tree, "train", ["cat"], 1, mode="L", seed=9)
     grey = find_source(tree).read().train.images[0]
@@ -356,7 +417,7 @@ def test_grey_and_jpeg_files_become_rgb(tree):
     (lambda t: (t / "train/dog/001.png").write_bytes(b"GIF89a"), "001.png: is no readable PNG or JPEG"),
     (lambda t: (t / "train/dog/001.png").write_bytes((t / "train/dog/000.png").read_bytes()[:60]), "no readable PNG"),
     (lambda t: Image.new("RGBA", (6, 5), (1, 2, 3, 4)).save(t / "test/cat/000.png"), "partly transparent"),
-    (lambda t: Image.new("I;16", (6, 5)).save(t / "test/cat/000.png"), "pixel format I;16"),
+    (lambda t: Image.new("LAB", (6, 5)).save(t / "test/cat/000.png", "TIFF"), "no readable PNG"),
     (lambda t: Image.new("1", (20000, 5000)).save(t / "test/cat/000.png"), "20000 x 5000 pixels, expected 67,108,864 in all"),
     (lambda t: (t / "train/fox").mkdir(), "only in one of them: fox"),
     (lambda t: [(t / s / "fox").mkdir() for s in ("train", "test")], "files in train/fox, test/fox")])

@@ -122,7 +122,9 @@ def as_pickle(content, protocol=2):
     ("set.npz", lambda path: np.savez(path, x=IMAGES, ids=np.array(IDS)), IDS, IMAGES),
     ("cifar10.bin", lambda path: np.concatenate([np.zeros((12, 1), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
     ("cifar100.bin", lambda path: np.concatenate([np.zeros((12, 2), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
-    ("plain.bin", lambda path: ROWS.tofile(path), None, SMOOTH)])
+    ("plain.bin", lambda path: ROWS.tofile(path), None, SMOOTH),
+    ("alone.NPZ", lambda path: np.savez(open(path, "wb"), IMAGES), None, IMAGES),
+    ("named.npz", lambda path: np.savez(path, X_test=IMAGES, ID=np.arange(5.0, 17)), [str(i) for i in range(5, 17)], IMAGES)])
 def test_files_of_images(tmp_path, name, write, ids, images):
     write(tmp_path / name)
     found = inputs.read_unlabelled(tmp_path / name, 32)
@@ -150,9 +152,23 @@ def test_a_beton_and_a_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "7.png").rename(tmp_path / "sub" / "7.png")
     assert inputs.read_unlabelled(tmp_path, 32).ids[-1] == "sub/7"
+    (tmp_path / "2.png").rename(tmp_path / "007.png")    # by their number, not by their length
+    assert inputs.read_unlabelled(tmp_path, 32).ids[5:8] == ["6", "007", "8"]
+    (tmp_path / "else.png").mkdir()    # a folder, whatever it is called
+    assert len(inputs.read_unlabelled(tmp_path, 32).ids) == 12
     Image.fromarray(IMAGES[0]).save(tmp_path / "3.jpg")
     with pytest.raises(SourceError, match="1 ids more than once, such as '3'"):
         inputs.read_unlabelled(tmp_path, 32)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
+def test_a_folder_behind_a_link_is_read_and_a_circle_ends(tmp_path):
+    for folder in ("images", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(IMAGES[0]).save(tmp_path / folder / "1.png")
+    (tmp_path / "images/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "images")
+    assert inputs.read_unlabelled(tmp_path / "images", 32).ids == ["1", "more/1"]
 
 
 def foreign_member(path):
@@ -176,6 +192,11 @@ class Payload:
     ("x.pkl", as_pickle({"labels": [1]}), "holds 'labels', expected an array of images"),
     ("x.pkl", as_pickle([1, 2]), "holds a list"),
     ("x.pkl", as_pickle({"data": SMOOTH.reshape(12, 3072)}), "side by side, expected all red values"),
+    ("x.pkl", as_pickle({"data": np.repeat(IMAGES[..., :1], 3, axis=3).reshape(12, 3072)}), "side by side, expected all red values"),
+    ("x.pkl", as_pickle({"data": list(IMAGES)}), "data is a list, expected one array of images: numpy.stack"),
+    ("x.pkl", as_pickle({"data": ROWS, "ids": np.array(IDS, object)}), "again with .tolist()"),
+    ("x.webp", lambda path: path.write_bytes(b"x"), "convert it to PNG or JPEG"),
+    ("x.csv", lambda path: path.write_bytes(b"x"), "read are folders, .png"),
     ("x.bin", lambda path: path.write_bytes(b"x" * 1000), "1000 bytes, which is no multiple"),
     ("x.npy", lambda path: path.write_bytes(b"x"), "no readable .npy"),
     ("x.npy", lambda path: np.save(path, IMAGES[0]), r"one image or several grey ones: .*one as images\[None\]"),
@@ -239,10 +260,22 @@ def test_predictions_to_hand_in(run, tmp_path):
     assert [int(row[1]) for row in rows[1:]] == expected.tolist()
     status, _, errors = predict(tmp_path, "--checkpoint", folder, "--images", "hidden", "--out", "named.csv", "--header", "id,label")
     assert status == 0 and (tmp_path / "named.csv").read_text() == (tmp_path / "p.csv").read_text().replace("ID,Labels", "id,label"), errors
+    status, output, errors = predict(tmp_path, "--checkpoint", folder, "--images", "hidden", "--out", "-", "--header", "ID, Labels")
+    assert status == 0 and output == (tmp_path / "p.csv").read_text() and "60 images in" in errors
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
+def test_a_link_to_a_file_stays_one(run, tmp_path):
+    np.save(tmp_path / "x.npy", run[1].images)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "p.csv").symlink_to("there/real.csv")
+    status, _, errors = predict(tmp_path, "--checkpoint", run[0], "--images", "x.npy", "--out", "p.csv")
+    assert status == 0 and (tmp_path / "p.csv").is_symlink() and (tmp_path / "there/real.csv").read_text().startswith("ID,"), errors
 
 
 @pytest.mark.parametrize("change, message", [
     (("--images", "nowhere"), "does not exist"), (("--out", os.devnull), "is no regular file"), (("--device", "gpu"), "expected auto"),
+    (("--out", "/dev/stdout"), "is no regular file"), (("--device", "cuda:99"), "error: device: cuda:99 is not there"),
     (("--checkpoint", "nowhere"), "cannot be read"),
     (("--out", "no/where.csv"), "there is no folder no"), (("--out", "."), "is a folder"), (("--batch-size", "-1"), "got -1"),
     (("--header", "label"), "expected two names"), (("--header", "id,"), "expected two names")])

@@ -55,6 +55,21 @@ def test_writes_skips_and_forces(tree):
     assert convert(tree, *keys)[1].count("written and read back") == 2
 
 
+def test_a_set_of_other_classes_does_not_take_the_place_of_one_that_fits(tree):
+    keys = ("--sources.path", "pets", "--beton.train", "a/train.beton", "--beton.test", "a/test.beton")
+    status, output, _ = convert(tree, *keys, "--model.classes", "2")
+    assert status == 0 and "classes: cat, dog" in output
+    before = (tree / "a/train.beton").read_bytes()
+    for split in ("train", "test"):
+        (tree / "pets" / split / "emu").mkdir()
+        Image.new("RGB", (9, 9)).save(tree / "pets" / split / "emu/0.png")
+    status, _, errors = convert(tree, *keys, "--model.classes", "2")
+    assert status == 4 and "has 3 classes (cat, dog, emu) and would take the place of a/train.beton" in errors
+    assert (tree / "a/train.beton").read_bytes() == before
+    assert convert(tree, *keys, "--model.classes", "2", "--force")[0] == 0 and open_beton(tree / "a/train.beton").classes[-1] == "emu"
+    assert convert(tree, *keys)[0] == 0, "up to date"
+
+
 def test_one_file_for_both_splits_is_refused(tree):
     status, output, errors = convert(tree, "--sources.path", "pets", "--beton.train", "a.beton", "--beton.test", "a.beton")
     assert status == 2 and "expected two files" in errors and not (tree / "a.beton").exists()
