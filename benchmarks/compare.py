@@ -9,7 +9,6 @@ Several --jobs at a time fill a GPU; the table then leaves out their seconds, wh
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import shlex

@@ -196,8 +196,8 @@ def main() -> None:
         runtime.tune_allocator(settings.run.device)
     if own.worker:    # what else its command line says has been said to the launch that started it
         return worker(settings, own)
-    if replace(runtime.Launch(), world=own.processes).problem_with_batch(settings.loader.batch_size):
-        raise runtime.UserError(runtime.Launch(world=own.processes).problem_with_batch(settings.loader.batch_size))
+    if problem := runtime.Launch(world=own.processes).problem_with_batch(settings.loader.batch_size):
+        raise runtime.UserError(problem)
     arguments = sys.argv[1:]
     who = contenders(own.processes, runtime.available_cores())
     rounds: dict[str, list[dict]] = {name: [] for name in who}

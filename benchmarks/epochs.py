@@ -151,7 +151,8 @@ def main() -> None:
         images = len(batches) * settings.loader.batch_size if settings.loader.drop_last else batches.samples
         facts = loop.facts(session)
         print(f"{settings.recipe}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-        result = summarise(measure(session, own.epochs), images, flop, ceiling)
+        end = session.first_step(min(own.epochs, settings.loop.epochs)) / session.first_step(settings.loop.epochs)
+        result = summarise(measure(session, own.epochs), images, round(flop * settings.optim.passes(0, end)), ceiling)
     print(table(result))
     keep(own.out, "epochs", settings.recipe, {**result, "facts": facts})
 

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,9 @@ def flop_of_training(series: Mapping) -> float:
     sides = [stepwise(settings.augment.sides, epoch, epochs, side) for epoch in range(epochs)]
     shares = [stepwise(settings.loop.hardest, epoch, epochs, 1) for epoch in range(epochs)]
     an_image, run = {s: flop_an_image(model, s) for s in set(sides)}, series["runs"][0]
-    mean = sum(an_image[s] * share for s, share in zip(sides, shares)) / sum(shares)
+    begun = [begin / sum(shares) for begin in accumulate(shares, initial=0)]    # in shares of the run's steps
+    passes = [settings.optim.passes(begin, end) for begin, end in pairwise(begun)]
+    mean = sum(an_image[s] * share * count for s, share, count in zip(sides, shares, passes)) / sum(shares)
     return mean * run["images_per_second"] * run["train_seconds"]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import keep, own_memory
+from benchmarks import keep, own_memory, problems_with
 from seresnet import config, runtime
 
 SIDE, CLASSES = 64, ("a", "b", "c", "d")
@@ -127,6 +127,11 @@ def main() -> None:
     parser.add_argument("--out", help="folder for large.json; none is written without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
+    problems = problems_with(own, processes=1, batches=4, steps=1)
+    if not own.gib > 0:
+        problems.append(f"--gib: got {own.gib}, expected more than 0")
+    if problems:
+        raise runtime.UserError(*problems)
     without = config.build({"run.threads": settings.run.threads})
     changed = [f"{section}.{key}" for section, values in settings.as_dict().items() for key, value in values.items()
                if value != without.as_dict()[section][key]]

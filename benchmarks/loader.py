@@ -86,7 +86,7 @@ def torchvision_loader(beton, settings, device):
 
         from seresnet.beton import read_images
         images, shift = read_images(beton), max(1, settings.augment.translate)
-        mode = {"reflect": "reflect"}.get(settings.augment.padding, "constant")
+        mode = "reflect" if settings.augment.padding == "reflect" else "constant"
         steps = transforms.Compose([
             transforms.RandomCrop(beton.height, padding=shift, padding_mode=mode), transforms.RandomHorizontalFlip(),
             transforms.ToTensor(), transforms.Normalize([v / 255 for v in beton.mean], [v / 255 for v in beton.std])])

@@ -34,8 +34,9 @@ def measure(settings, device, side: int, rounds: int, evaluation: bool = False) 
     """Seconds of each timed step, by way: forwards and backwards, or forwards alone and with the running statistics."""
     import torch
 
-    from seresnet import loop
+    from seresnet import compiled, loop
     from seresnet.clock import Clock
+    compiled.use_triton(True)    # which a GPU's long trainings take
     net = settings.model
     settings = replace(settings, model=replace(net, classes=net.classes or 10, image_size=net.image_size or side))
     torch.manual_seed(0)

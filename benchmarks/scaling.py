@@ -89,13 +89,13 @@ def load_cell(settings: config.Config) -> dict[str, float]:
 
 
 def cell(settings: config.Config, axis: str, value: int, seconds: float, unit: int, folder: Path) -> dict[str, float]:
-    """What one cell of `axis` costs; unit: images of the set that is 1 on the axis `images`."""
+    """What one cell of `axis` costs, of steps that are all alike (no crops, no hardest images, no second pass); unit: images of the set that is 1 on the axis `images`."""
     side = value if axis == "side" else settings.model.image_size or 32
     batch = value if axis == "batch" else min(settings.loader.batch_size, 250) if axis == "side" else settings.loader.batch_size
     images = unit * value if axis == "images" else 2 * batch
     classes = settings.model.classes or 10
     settings = changed(settings, model={"image_size": side, "classes": classes}, augment={"sides": ()}, loop={"hardest": ()},
-                       beton=noise_betons(folder, max(images, classes), side, classes), evaluate={"split": "test"},
+                       beton=noise_betons(folder, max(images, classes), side, classes), evaluate={"split": "test"}, optim={"sam_radius": 0.0},
                        loader={"batch_size": batch, "mode": "stream" if axis == "images" else "resident", "drop_last": True},
                        run={"threads": value if axis == "cores" else settings.run.threads})
     import torch
@@ -154,11 +154,12 @@ def main() -> None:
                  if value <= 0]
     if problems:
         raise runtime.UserError(*problems)
+    cells = {axis: [value for value in AXES[axis] if (not own.most or value <= own.most)
+                    and (axis != "cores" or value <= runtime.available_cores())] for axis in axes}
+    if none := [axis for axis, values in cells.items() if not values]:
+        raise runtime.UserError(f"--most: got {own.most}, which leaves no cell of {', '.join(none)}: give a larger one, or other axes")
     found = {}
-    for axis in axes:
-        values = [value for value in AXES[axis] if not own.most or value <= own.most]
-        if axis == "cores":
-            values = [value for value in values if value <= runtime.available_cores()]
+    for axis, values in cells.items():
         rows = []
         for value in values:
             done = subprocess.run([sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:], "--cell", f"{axis}={value}"],

@@ -172,8 +172,8 @@ class Optim:
     clip_norm: float = key(0.0, "largest norm over all gradients; 0 for no clipping", at_least=0)
     clip_value: float = key(0.0, "largest absolute entry of a gradient; 0 for no clipping", at_least=0)
     sam_radius: float = key(0.0, "how far up the slope gradients are taken (sharpness-aware minimisation, twice the time); 0: off", at_least=0)
-    sam_from: float = key(0.0, "share of the steps behind which they are", at_least=0, below=1)
-    sam_share: float = key(1.0, "share of a batch that shows the way up: a quarter takes a quarter of a step more, not twice the time",
+    sam_from: float = key(0.0, "share of the steps after which sam_radius begins to count: 0.67 for the last third", at_least=0, below=1)
+    sam_share: float = key(1.0, "share of a batch that shows the way up and that norms remember; 0.25: 1.25 times the time, not twice",
                            above=0, at_most=1)
     ema_decay: float = key(0.0, "evaluate and keep the moving average of the weights, of this decay a step; 0 for the last weights",
                            at_least=0, below=1)
@@ -186,6 +186,11 @@ class Optim:
                        at_least=0, at_most=1)
     milestones: list[float] = key((), "epochs at which `step` multiplies the rate by gamma", above=0)
     gamma: float = key(0.1, "factor of `step` at each milestone", above=0, at_most=1)
+
+    def passes(self, begin: float = 0.0, end: float = 1.0) -> float:
+        """Forward and backward passes a step on average, between two moments of a run in shares of its steps."""
+        late = max(0.0, end - max(begin, self.sam_from)) / (end - begin)
+        return 1 + (self.sam_share * late if self.sam_radius else 0.0)
 
 
 @dataclass(frozen=True)
@@ -384,9 +389,10 @@ def contradictions(c: Config) -> list[str]:
         if 0 < getattr(c.model, name) < least:
             found.append(f"model.{name}: got {getattr(c.model, name)}, expected {least} and more, or 0 for the data's")
     for name in ("translate", "cutout"):
-        if 0 < c.model.image_size <= getattr(c.augment, name):
-            found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "
-                         f"{c.model.image_size}")
+        smallest = min((c.model.image_size, *(c.augment.sides if name == "cutout" else ())))
+        if 0 < c.model.image_size and smallest <= getattr(c.augment, name):
+            found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than "
+                         f"{'model.image_size' if smallest == c.model.image_size else 'the least of augment.sides'} = {smallest}")
     for side in c.augment.sides:
         if 0 < c.model.image_size < side:
             found.append(f"augment.sides: got {side}, expected at most model.image_size = {c.model.image_size}")

@@ -62,7 +62,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -
 
 def faster_way(width: int, weight: torch.Tensor, stride: int, padding: int) -> type[torch.autograd.Function] | None:
     """How images of `width` pixels are convolved faster in training, on a CPU with matrix units: measured by benchmarks/convolutions.py."""
-    if weight.shape[2:] != (3, 3) or stride != 1 or padding not in (0, 1) or width + padding > LARGEST_PERIOD:
+    if weight.shape[2:] != (3, 3) or stride != 1 or width + padding > LARGEST_PERIOD:
         return None
     return SideBySideThroughout if padding == 1 and width <= (NARROW_WITH_MANY if weight.numel() > MANY_WEIGHTS else NARROW) else SideBySide
 

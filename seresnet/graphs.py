@@ -14,10 +14,10 @@ class NotRecorded(RuntimeError):
 
 
 class Replays:
-    """Computes as a function does that fills the gradients of `parameters`, the third time on from a recording.
+    """Computes as a function does that fills the gradients of `parameters`, from the second time on from a recording.
 
     A small net's kernels take less time on a GPU than the host takes to launch them one by one. Of each shape of input the first
-    call is an ordinary one, in which libraries choose their algorithms and take their memory; the second records; from then on
+    call is an ordinary one, in which libraries choose their algorithms and take their memory; the second records; from it on
     the recording is replayed, on the arguments copied to where it expects them. Recordings share the memory that they work in; what
     goes in and comes out, gradients too, each has of its own, and all of it is kept.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np

@@ -61,7 +61,7 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     Returns the config with the data's own figures where `model.classes` or `model.image_size` are 0, the data, the net.
     Raises UserError with the problems of betons, net and split together.
     """
-    problems = [of.problem_with_batch(config.loader.batch_size)] if of.problem_with_batch(config.loader.batch_size) else []
+    problems = [problem] if (problem := of.problem_with_batch(config.loader.batch_size)) else []
     if of.world > 1 and config.optim.sam_radius and config.optim.sam_share < 1:
         problems.append(f"optim.sam_share: got {config.optim.sam_share}, expected 1 with {of.world} processes: each has a part of a batch already")
     betons: dict[str, Beton] = {}
@@ -95,12 +95,27 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
         if fewest < (config.loader.batch_size if config.loader.drop_last else 1):
             problems.append(f"loop.hardest: got {min(config.loop.hardest)}, which leaves {max(0, fewest)} images and no batch of "
                             f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches")
+    if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples)):
+        problems.append(alone)
     if problems:
         raise runtime.UserError(*problems)
     if config.evaluate.split == "test":
         return config, Data(betons["train"], betons["test"]), model
     kept, held = holdout_split(betons["train"].labels, config.evaluate.holdout_size)
     return config, Data(betons["train"], betons["train"], kept, held), model
+
+
+def _batch_of_one(config: Config, model: SEResNet, samples: int) -> str:
+    """What is wrong where a batch, or the part of it that is ascended from, has one image and the last stage one pixel: there is no
+    deviation of one number. '' where nothing is."""
+    size, share = config.loader.batch_size, config.optim.sam_share if config.optim.sam_radius else 1
+    images = samples - (config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0)
+    lasts = set() if config.loader.drop_last else {round(images * part) % size for part in (*config.loop.hardest, 1)}
+    few = min(count for count in {size, *lasts} if count)
+    if math.ceil(share * few) > 1 or model.last_side(min(config.augment.sides, default=config.model.image_size)) > 1:
+        return ""
+    return (f"loader.batch_size: got {size}, which leaves one image to a batch, and the last stage one pixel of it, too little to normalise: "
+            "give loader.drop_last true, another size, or fewer stages")
 
 
 def _fitted(config: Config, train: Beton) -> Config:
@@ -147,7 +162,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
     note(logits, batch) may keep what the net said of each image.
     weight(step, samples): what several processes, of which gradients are the mean, have to multiply their loss by.
     replay(gradients) does as `gradients`, which a step's forward and backward pass is, from a recording perhaps.
-    ascend(step) -> a block within which the step's gradients are taken, after those of the batch's first `ascend_share`, or None.
+    ascend(step) -> a block within which the step's gradients are taken, after those of the batch's first `ascend_share`, or None. Below
+    1 norms take their running statistics from that share alone, and the tally its losses from where the block leads.
     tally: of the epoch's batches before these, counted on. after_step(steps done in the run, tally) may save, or raise.
     """
     def gradients(images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,11 +181,11 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
             logits, value = gradients(*inputs)
         else:
             some = math.ceil(ascend_share * len(batch.labels))
-            seen = [result.clone() for result in gradients(inputs[0][:some], inputs[1][:some], inputs[2])]    # a recording's are its own
+            seen = gradients(inputs[0][:some], inputs[1][:some], inputs[2])
+            seen = [result.clone() for result in seen] if some == len(batch.labels) else None    # a recording's are its own
             with elsewhere:
                 logits, value = gradients(*inputs)
-            if some == len(batch.labels):
-                logits, value = seen    # of the weights as they are
+            logits, value = seen or (logits, value)    # of the weights as they are
         scaler.unscale_(optimizer)
         clip()
         scaler.step(optimizer)
@@ -233,8 +249,9 @@ class Session:
 
     @property
     def is_long(self) -> bool:
-        """Whether the run has so many steps that cuDNN may try its algorithms first, and Triton be loaded."""
-        return self.first_step(self.config.loop.epochs) > MANY_STEPS
+        """Whether the run has so many steps, second passes counted, that cuDNN may try its algorithms first, and Triton be loaded."""
+        optim, steps = self.config.optim, self.first_step(self.config.loop.epochs)
+        return steps * optim.passes() > MANY_STEPS
 
     def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches that `epoch` trains on, from its `first_batch` on: of all images, or of the hardest."""
@@ -287,15 +304,17 @@ class Session:
             if self.difficulty:
                 self.difficulty.note(logits, batch.labels, batch.indices)
 
-        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        parameters = list(self.model.parameters())
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]    # nothing depends on a norm's count of batches
 
         def ascend(step: int) -> AbstractContextManager | None:
             if not config.optim.sam_radius or step < self.first_step(config.loop.epochs) * config.optim.sam_from:
                 return None
-            return ascended(parameters, buffers, config.optim.sam_radius)
+            return ascended(parameters, buffers, config.optim.sam_radius, overflows=self.scaler.is_enabled())
 
         return dict(
-            augment=augment, weight=weight, ascend=ascend, ascend_share=config.optim.sam_share, optimizer=self.optimizer, scaler=self.scaler, dtype=self.dtype, device=self.device,
+            augment=augment, weight=weight, ascend=ascend, ascend_share=config.optim.sam_share, optimizer=self.optimizer,
+            scaler=self.scaler, dtype=self.dtype, device=self.device,
             loss=partial(smoothed_cross_entropy, smoothing=config.loss.label_smoothing),
             clip=partial(clip_gradients, parameters, norm=config.optim.clip_norm,
                          value=config.optim.clip_value),
@@ -519,7 +538,7 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         folder = report.open_run_folder(path)
         try:
             return folder, load_state(path, config, data)
-        except runtime.UserError:
+        except BaseException:
             folder.close()
             raise
     for path in report.unfinished_run_folders(config.report.folder, config.run.folder):
@@ -529,9 +548,13 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
             folder = report.open_run_folder(path)
         except runtime.UserError:    # another process is at work there: this is not the run to go on with
             continue
-        state = checkpoint.load(path / "last.pt")
-        if not differences(state, config, data):
-            return folder, state
+        try:
+            state = None if (path / "report.json").exists() else checkpoint.load(path / "last.pt")    # it may have ended by now
+            if state and not differences(state, config, data):
+                return folder, state
+        except BaseException:
+            folder.close()
+            raise
         folder.close()
     return None, None
 
@@ -644,7 +667,7 @@ class Keeper:
         with self._clock.lane("checkpoint"):
             session.equalise()
             if self.batches_done:
-                stop_unless_finite(session, self.tally.read(), self.epoch, self._folder)
+                stop_unless_finite(session, self.tally.read(), self.epoch, self._folder, self.batches_done)
             self._write(self._folder.path / "last.pt", {
                 "training": checkpoint.training_state(session.model, session.optimizer, session.scaler, session.generator,
                                                       session.average),
@@ -663,9 +686,11 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     clock, ranks = Clock(session.device), session.ranks
     network = ranks.wrap(session.model, session.device)
     if config.run.compile:
-        # A graph a size of batch, beyond so many nothing is compiled: epochs alike in side and images have one, and a smaller last one.
+        # A graph a size of batch, beyond so many nothing is compiled: epochs alike in side and images have one, and a smaller last one,
+        # and what sharpness-aware minimisation takes of either.
         alike = {(stepwise(config.augment.sides, epoch, epochs, 0), session.samples(epoch)) for epoch in range(epochs)}
-        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 2 * len(alike))
+        sizes = 4 if config.optim.sam_radius and config.optim.sam_share < 1 else 2
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, sizes * len(alike))
         network = torch.compile(network, dynamic=False)
     result = None
     with runtime.StopRequest(ranks.launch) as stop, clock.lane("rest"):
@@ -682,13 +707,13 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
                                      after_step=keeper.after_step, **parts)
             keeper.batches_done = session.steps(epoch)
             session.equalise()
-            stop_unless_finite(session, totals, epoch, folder)
+            stop_unless_finite(session, totals, epoch, folder, keeper.batches_done)
             with clock.lane("eval"):
                 due = last or (config.evaluate.every and (epoch + 1) % config.evaluate.every == 0)
                 try:
                     result = session.evaluate(config.evaluate.tta if last else "none", keeper.watch) if due else None
-                except (MemoryError, RuntimeError):    # with smaller batches it may go on from here, all steps done
-                    if ranks.world == 1:
+                except (MemoryError, RuntimeError) as error:    # with smaller batches it may go on from here, all steps done
+                    if ranks.world == 1 and runtime.is_out_of_memory(error):
                         keeper.save()
                         report.say(f"epoch {epoch + 1} is trained and kept: go on with --run.resume {folder.path} "
                                    f"--evaluate.batch_size {max(1, config.evaluate.batch_size // 2)}")
@@ -703,19 +728,21 @@ def run_epochs(session: Session, folder: report.RunFolder, state: dict | None = 
     return finish(session, folder, result, keeper)
 
 
-def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: report.RunFolder) -> None:
-    """Raise NonFiniteLoss, naming epoch, step and learning rate, where the loss or a weight is NaN or infinite."""
-    step = totals.first_bad_step
+def stop_unless_finite(session: Session, totals: Totals, epoch: int, folder: report.RunFolder, done: int) -> None:
+    """Raise NonFiniteLoss, naming epoch, step and learning rate, where the loss or a weight is NaN or infinite after `done` of the
+    epoch's steps."""
+    step, what = totals.first_bad_step, "the loss is not finite"
     if step < 0:
         finite = torch.stack([torch.isfinite(value).all() for value in session.model.state_dict().values()])
         scale = session.scaler.get_scale()    # 1 where nothing is scaled
         if finite.all() and scale >= SMALLEST_SCALE:
             return
-        step = session.steps(epoch) - 1    # the loss was finite throughout: the last update broke the weights
+        # the loss was finite throughout: an update broke the weights, or what norms remember, by now
+        step, what = done - 1, "a weight or a norm's statistic is not finite" if scale >= SMALLEST_SCALE else "float16's gradients overflow"
     rate = session.config.optim.lr * session.learning_rate(session.first_step(epoch) + step)
     kept = f"the weights of epoch {epoch} are in {folder.path / 'weights.pt'}" if epoch else "no epoch was completed"
     raise runtime.NonFiniteLoss(
-        f"the loss is not finite in epoch {epoch + 1}, step {step + 1} of {session.steps(epoch)}, at learning rate "
+        f"{what} in epoch {epoch + 1}, step {step + 1} of {session.steps(epoch)}, at learning rate "
         f"{rate:.3g}: {kept}. Try a smaller optim.lr, a longer optim.warmup_epochs, or optim.clip_norm")
 
 

@@ -57,14 +57,14 @@ class Tally:
         self._steps = 0
 
     def state(self) -> dict[str, torch.Tensor | int]:
-        """What `from_state` needs to count on from here: a value a process, (processes,), and the steps so far."""
+        """What `go_on_from` needs to count on from here: a value a process, (processes,), and the steps so far."""
         correct, loss_sum, seen, first_bad = self._rows().T
         return {"correct": correct.long(), "loss_sum": loss_sum, "seen": seen.long(), "first_bad": first_bad.long(),
                 "steps": self._steps}
 
-    def go_on_from(self, state: dict[str, torch.Tensor | int], rank: int = 0, world: int = 1) -> Tally:
-        """This tally, counting on from what `state` gave: from the process's own counts, or, where there were not as many
-        processes, in the first from those of all."""
+    def go_on_from(self, state: dict[str, torch.Tensor | int], rank: int = 0, world: int = 1) -> None:
+        """Count on from what `state` gave: from the process's own counts, or, where there were not as many processes, in the
+        first from those of all."""
         for name in ("correct", "loss_sum", "seen", "first_bad"):
             values = torch.as_tensor(state[name]).reshape(-1)    # a plain number where an early version wrote it
             value = values[min(rank, len(values) - 1)]
@@ -76,7 +76,6 @@ class Tally:
                 mine = getattr(self, f"_{name}")
                 setattr(self, f"_{name}", value.to(mine.device, mine.dtype))
         self._steps = state["steps"]
-        return self
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:

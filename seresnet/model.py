@@ -17,11 +17,6 @@ from seresnet.pool import MaxPool2x2
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "silu": lambda: nn.SiLU(inplace=True),
     "elu": lambda: nn.ELU(inplace=True), "leaky_relu": lambda: nn.LeakyReLU(0.1, inplace=True)}
-SE_PLACES = ("none", "stem", "block")
-STEMS = ("conv", "whiten")
-DOWNSAMPLES = ("stride", "pool")
-HEAD_POOLS = ("mean", "max")
-INITIALISATIONS = ("default", "kaiming", "xavier", "orthogonal")
 PATCHES = 1 << 20    # at once in whitening, 100 MB
 WHITEN_CHANNELS = 24    # 12 principal directions of a 2x2 RGB patch, and their negatives
 
@@ -210,6 +205,16 @@ class SEResNet(nn.Module):
         for module in self.stages.modules():
             side = side // 2 if isinstance(module, nn.MaxPool2d) else side
         return side >= 1
+
+    @torch.no_grad()
+    def last_side(self, side: int) -> int:
+        """The side of what the head sees of images of `side` pixels."""
+        was_training = self.training
+        self.eval()    # which one image will do for
+        try:
+            return self.stages(self.stem(torch.zeros(1, 3, side, side, device=next(self.parameters()).device))).shape[-1]
+        finally:
+            self.train(was_training)
 
     @property
     def wants_whitening(self) -> bool:

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from seresnet.compiled import has_bf16
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
-DECAYS = ("weights", "all")
-DECAYS_PER = ("rate", "schedule")
 KINDS = ("conv", "linear", "norm_scale", "norm_bias", "bias", "se")
 
 
@@ -88,22 +86,27 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` to follow it, step by step, as the exponential moving average of its parameters and buffers (Polyak and
     Juditsky, 1992, in the form of Tarvainen and Valpola, arXiv 1703.01780, section 2): over some 1 / (1 - decay) steps, the
     first of which it takes as it is. `follow` ties it to the optimizer."""
-    return _Average(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return _Average(model, decay)
 
 
 class _Average(AveragedModel):
-    """torch's with buffers, whose count of steps stays on the CPU: torch brings it to the device at every step, which would wait for
-    that. The moving average does not depend on it."""
+    """torch's with buffers, in one operation for all, and with its count of steps on the CPU: torch brings that to the device at every
+    step, which would wait for it. The moving average does not depend on it. Counts of batches are those of the model."""
 
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self._decay = decay
+
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take `model` in."""
-        if not int(self.n_averaged):
-            return super().update_parameters(model)
-        own, new = ([tensor.detach() for tensor in (*net.parameters(), *net.buffers())] for net in (self.module, model))
-        for floating in (True, False):    # numbers and counts, which one operation does not take together
-            chosen = [i for i, tensor in enumerate(own) if tensor.is_floating_point() == floating]
-            if chosen:
-                self.multi_avg_fn([own[i] for i in chosen], [new[i] for i in chosen], self.n_averaged)
+        own, new = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
+        pairs = [pair for pair in zip(own, new) if pair[0].is_floating_point()] if int(self.n_averaged) else []
+        if pairs:
+            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - self._decay)
+        for mine, theirs in zip(own, new):
+            if not (pairs and mine.is_floating_point()):
+                mine.copy_(theirs)
         self.n_averaged += 1
 
 
@@ -209,18 +212,21 @@ def clip_gradients(parameters: Sequence[nn.Parameter], *, norm: float = 0.0, val
 
 
 @contextmanager
-def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor], radius: float) -> Iterator[None]:
+def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor], radius: float, overflows: bool = False) -> Iterator[None]:
     """A block within which the parameters that have a gradient stand `radius` (their common Euclidean distance) up along it, where the loss
     is about the greatest nearby: gradients taken there are those of sharpness-aware minimisation (Foret et al., arXiv 2010.01412,
     equation 2 and algorithm 1). Parameters, and the buffers, which a second pass would count the same images into again, are what they
-    were when it is left; gradients are those of the block, whose dropout is drawn anew. Never waits for the device.
+    were when it is left; gradients are those of the block, whose dropout is drawn anew.
+
+    overflows: the gradients may not be finite, as float16's, and then nothing is moved; that waits for the device, and nothing else does.
     """
     moved = [p for p in parameters if p.grad is not None]
     with torch.no_grad():
         before = [[tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers)]
         gradients = [p.grad for p in moved]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        torch._foreach_add_(moved, torch._foreach_mul(gradients, radius / (norm + 1e-12)))
+        if not overflows or bool(torch.isfinite(norm)):
+            torch._foreach_add_(moved, torch._foreach_mul(gradients, radius / (norm + 1e-12)))
         for p in moved:
             p.grad = None
     try:

@@ -92,6 +92,27 @@ def test_more_epochs_than_the_recipe_has_are_refused(monkeypatch):
         epochs.main()
 
 
+def test_the_arithmetic_of_second_passes_is_counted():
+    def flop(**changes):
+        settings = config.build({"model.classes": 10, "model.image_size": 32, "loop.epochs": 4, **changes})
+        return frontier.flop_of_training({"config": settings.as_dict(), "runs": [{"images_per_second": 100.0, "train_seconds": 10.0}]})
+    whole = flop()
+    assert flop(**{"optim.sam_radius": 0.1}) == pytest.approx(2 * whole)
+    assert flop(**{"optim.sam_radius": 0.1, "optim.sam_from": 0.75, "optim.sam_share": 0.5}) == pytest.approx(whole * (1 + 0.25 * 0.5))
+    sides = {"augment.sides": [16, 32]}    # the second passes are of whole images alone
+    assert flop(**sides, **{"optim.sam_radius": 0.1, "optim.sam_from": 0.5}) == pytest.approx(flop(**sides) + whole / 2)
+
+
+@pytest.mark.parametrize("program, arguments, message", [
+    (large, ("--gib", "-1"), "--gib: got -1.0, expected more than 0"), (large, ("--steps", "0"), "--steps: got 0, expected 1 and more"),
+    (large, ("--batches", "3"), "--batches: got 3, expected 4 and more"),
+    (scaling, ("--axis", "batch,side", "--most", "33"), "--most: got 33, which leaves no cell of batch")])
+def test_nothing_to_measure_is_refused(monkeypatch, program, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(runtime.UserError, match=f"^{message}"):
+        program.main()
+
+
 def test_keys_that_a_benchmark_would_drop_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["large", "--loader.workers", "2", "--run.threads", "1"])
     with pytest.raises(runtime.UserError, match="^loader.workers: this benchmark has a net and a set of its own"):

@@ -77,6 +77,12 @@ def test_null_is_no_value():
     assert build({"optim": None}) == build()    # a section all of whose keys are commented out
 
 
+def test_second_passes_are_counted_over_a_run_and_its_parts():
+    optim = build({"optim.sam_radius": 0.1, "optim.sam_from": 0.6, "optim.sam_share": 0.5}).optim
+    assert optim.passes() == pytest.approx(1.2) and optim.passes(0.0, 0.5) == 1 and optim.passes(0.5, 0.7) == pytest.approx(1.25)
+    assert optim.passes(0.8, 0.9) == 1.5 and build({"optim.sam_from": 0.6}).optim.passes() == 1
+
+
 @pytest.mark.parametrize("name, suggestion", [
     ("optim.lrr", "optim.lr"), ("optim.learning_rate_schedule", "optim.schedule"), ("batch_size", "batch_size"),
     ("model.batch_size", "batch_size"), ("modle.blocks", "model.blocks"), ("augment.flips", "augment.flip"),
@@ -106,6 +112,8 @@ def test_all_problems_come_at_once(tmp_path):
     ({"optim.schedule": "step"}, "optim.milestones"),
     ({"optim.schedule": "step", "optim.milestones": [5, 200]}, "below loop.epochs"),
     ({"augment.translate": 32}, "less than model.image_size"), ({"augment.cutout": 40}, "less than model.image_size"),
+    ({"augment.sides": [8, 32], "augment.cutout": 8}, "less than the least of augment.sides = 8"),
+    ({"model.blocks": []}, "expected list of integer >= 0 and <= 1000, 1 to 8 of them"), ({"optim.betas": [0.9]}, "number >= 0 and < 1, 2 of them"),
     ({"model.channels": [1, 2]}, "model.channels: got 2 entries, expected 1 or, as model.blocks has, 3"),
     ({"model.kernels": [4]}, "model.kernels: got an even number"),
     ({"evaluate.split": "holdout", "evaluate.holdout_size": 5001}, "multiple of model.classes"),

@@ -86,7 +86,7 @@ PLAN = {
     "sgd": {"optim.clip_norm": 1.0, "model.dropout": 0.2, "augment.flip": "random", "augment.cutout": 3},
     "muon": {"optim.name": "muon", "augment.flip": "alternating", "optim.clip_value": 0.5, "loader.drop_last": True,
              "optim.ema_decay": 0.9},
-    "hardest": {"loop.hardest": [1, 0.6], "augment.flip": "random"},
+    "hardest": {"loop.hardest": [1, 0.6], "augment.flip": "random", "optim.sam_radius": 0.1, "optim.sam_from": 0.3},
     "unsynced": {"loop.sync_norm": False, "optim.name": "adamw", "optim.lr": 3e-3, "loader.shares": "fixed",
                  "optim.ema_decay": 0.9},
 }

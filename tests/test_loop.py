@@ -340,7 +340,7 @@ def test_what_is_not_finite_never_replaces_a_checkpoint(betons, tmp_path, monkey
         poisoned.model = session.model
         return session
     monkeypatch.setattr(loop, "open_session", open_session)
-    with pytest.raises(NonFiniteLoss, match="epoch 2, step [49] of 9, at learning rate 0.0"):
+    with pytest.raises(NonFiniteLoss, match=f"^{'a weight or' if where == 'norm' else 'the loss'} .*epoch 2, step 4 of 9, at learning rate 0.0"):
         train(betons, tmp_path, checkpoint__every_steps=1)
     folder = folder_of(tmp_path)
     assert set(files) == {"last.pt", "best.pt", "weights.pt"}
@@ -356,8 +356,64 @@ def test_a_gradient_scale_that_has_fallen_to_nothing_stops_the_run(betons, tmp_p
         scaler.scale(torch.zeros(()))
         return dataclasses.replace(opened(*arguments), scaler=scaler)
     monkeypatch.setattr(loop, "open_session", open_session)
-    with pytest.raises(NonFiniteLoss, match="epoch 1, step 9"):
+    with pytest.raises(NonFiniteLoss, match="float16's gradients overflow in epoch 1, step 9"):
         train(betons, tmp_path, run__precision="fp32")
+
+
+def test_an_overflow_on_the_way_up_the_slope_costs_the_step_and_not_the_run(betons, tmp_path, monkeypatch):
+    """As in float16: the gradients that show the way are infinite, the scaler leaves the step out, the loss that is counted is a number."""
+    opened, seen = loop.open_session, []
+
+    def open_session(*arguments):
+        session = opened(*arguments)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+        weight = next(session.model.parameters())
+
+        def overflow(gradient):
+            seen.append(scaler.get_scale())
+            return torch.full_like(gradient, torch.inf) if seen[-1] == 2.0**10 else gradient
+        weight.register_hook(overflow)
+        return dataclasses.replace(session, scaler=scaler)
+    monkeypatch.setattr(loop, "open_session", open_session)
+    outcome = train(betons, tmp_path, run__precision="fp32", optim__sam_radius=0.1, optim__sam_share=0.5, optim__momentum=0.0, optim__nesterov=False)
+    assert seen[:3] == [2.0**10, 2.0**10, 2.0**9] and outcome["loss"] < 2
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"loader__batch_size": 149}, True), ({"loader__batch_size": 149, "loader__drop_last": True}, False), ({"loader__batch_size": 148}, False),
+    ({"loader__batch_size": 1, "loader__drop_last": True}, True), ({"loader__batch_size": 149, "model__blocks": [1, 1, 1]}, False),
+    ({"loader__batch_size": 4, "optim__sam_radius": 0.1, "optim__sam_share": 0.25, "loader__drop_last": True}, True),
+    ({"loader__batch_size": 74, "loop__hardest": [1, 0.5]}, True), ({"loader__batch_size": 50, "evaluate__split": "holdout",
+                                                                      "evaluate__holdout_size": 99}, True)])
+def test_a_batch_that_cannot_be_normalised_is_told_before_anything_is_trained(betons, tmp_path, changes, told):
+    """150 images; five stages leave one pixel of 16."""
+    changes = {"model__blocks": [1, 1, 1, 1, 1], "loader__drop_last": False, "loop__epochs": 2, **changes}
+    if told:
+        with pytest.raises(UserError, match="loader.batch_size: got .* which leaves one image to a batch"):
+            train(betons, tmp_path / "runs", **changes)
+        assert not (tmp_path / "runs").exists()
+    else:
+        assert train(betons, tmp_path, **changes)["evaluated"]
+
+
+def test_an_evaluation_that_fails_for_another_reason_than_memory_names_no_key(betons, tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **named):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(loop, "evaluate", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        train(betons, tmp_path)
+    assert "evaluate.batch_size" not in capsys.readouterr().out.split("folder  ")[1]
+
+
+@pytest.mark.parametrize("changes, long", [({}, False), ({"optim__sam_radius": 0.1, "optim__sam_from": 0.5}, True),
+                                           ({"optim__sam_radius": 0.1, "optim__sam_from": 0.5, "optim__sam_share": 0.2}, False)])
+def test_second_passes_make_a_run_long(betons, tmp_path, monkeypatch, changes, long):
+    """27 steps, of which the last 14 have one."""
+    sessions, opened = [], loop.open_session
+    monkeypatch.setattr(loop, "MANY_STEPS", 35)
+    monkeypatch.setattr(loop, "open_session", lambda *arguments: sessions.append(opened(*arguments)) or sessions[-1])
+    train(betons, tmp_path, **changes)
+    assert sessions[0].is_long == long
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

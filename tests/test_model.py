@@ -14,11 +14,17 @@ def net(**changes):
     return m.SEResNet(**{**SMALL, **changes})
 
 
-def test_words_of_the_config_are_those_of_the_model():
-    words = {name: Model.__dataclass_fields__[name].metadata["limits"]["one_of"]
-             for name in ("activation", "se", "stem", "downsample", "head_pool", "initialisation")}
-    assert words == {"activation": tuple(m.ACTIVATIONS), "se": m.SE_PLACES, "stem": m.STEMS, "head_pool": m.HEAD_POOLS,
-                     "downsample": m.DOWNSAMPLES, "initialisation": m.INITIALISATIONS}
+def words(name):
+    """What the config allows as model.<name>."""
+    return Model.__dataclass_fields__[name].metadata["limits"]["one_of"]
+
+
+def test_every_word_of_the_config_makes_a_net_of_its_own():
+    assert words("activation") == tuple(m.ACTIVATIONS)
+    for name in ("se", "stem", "downsample", "head_pool", "initialisation"):
+        nets = [net(**{name: word}) for word in words(name)]
+        x = torch.randn(3, 3, 16, 16)
+        assert len({each.eval()(x).sum().item() for each in nets}) == len(words(name)) >= 2, name
 
 
 @pytest.mark.parametrize("settings, count", [
@@ -97,7 +103,7 @@ def test_zero_init_makes_every_block_start_as_the_identity():
     assert not torch.equal(net().eval().stages[0][0](x), x)
 
 
-@pytest.mark.parametrize("kind", m.INITIALISATIONS)
+@pytest.mark.parametrize("kind", words("initialisation"))
 def test_initialisation_has_the_spread_of_its_definition(kind):
     weight = net(channels=[32], initialisation=kind).stages[1][0].branch[3].weight    # 64 -> 64, 3x3
     fan = 64 * 9
@@ -110,8 +116,8 @@ def test_initialisation_has_the_spread_of_its_definition(kind):
 
 
 @pytest.mark.parametrize("activation", m.ACTIVATIONS)
-@pytest.mark.parametrize("downsample", m.DOWNSAMPLES)
-@pytest.mark.parametrize("stem", m.STEMS)
+@pytest.mark.parametrize("downsample", words("downsample"))
+@pytest.mark.parametrize("stem", words("stem"))
 def test_every_variant_trains_a_step_in_channels_last(activation, downsample, stem):
     built = net(activation=activation, downsample=downsample, stem=stem, se="block", dropout=0.1, block_depth=1)
     built = built.to(memory_format=torch.channels_last)
@@ -128,7 +134,7 @@ def test_every_variant_trains_a_step_in_channels_last(activation, downsample, st
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("pool", m.HEAD_POOLS)
+@pytest.mark.parametrize("pool", words("head_pool"))
 def test_head_is_a_linear_map_of_the_pooled_image(pool):
     built, x = net(head_pool=pool, head_bias=False).eval(), torch.randn(2, 3, 16, 16)
     features = built.stages(built.stem(x))
