@@ -89,7 +89,8 @@ def load_cell(settings: config.Config) -> dict[str, float]:
 
 
 def cell(settings: config.Config, axis: str, value: int, seconds: float, unit: int, folder: Path) -> dict[str, float]:
-    """What one cell of `axis` costs, of steps that are all alike (no crops, no hardest images, no second pass); unit: images of the set that is 1 on the axis `images`."""
+    """What one cell of `axis` costs, of steps that are all alike (no crops, no hardest images, no second pass); unit: images of the
+    set that is 1 on the axis `images`."""
     side = value if axis == "side" else settings.model.image_size or 32
     batch = value if axis == "batch" else min(settings.loader.batch_size, 250) if axis == "side" else settings.loader.batch_size
     images = unit * value if axis == "images" else 2 * batch

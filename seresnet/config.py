@@ -533,7 +533,7 @@ def _command_line(words: Sequence[str], own_options: Sequence[str], problems: li
 
 def describe_keys() -> str:
     """Every key with its type, default and one line, as --help shows it."""
-    declared, lines = declare(), ["keys, for --section.key VALUE or a YAML file:"]
+    declared, lines = declare(), ["keys, for --section.key VALUE or a YAML file; in brackets the default, which a recipe may replace:"]
     for name in SECTIONS:
         lines.append(f"\n{name}:")
         for path in declared.sections_to_entries[(name,)]:

@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
     parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
-    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
     parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint]")

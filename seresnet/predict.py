@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, metavar="FILE_OR_DIR",
                         help="image folder or picture, .npy, .npz, .beton, CIFAR's .bin, or a pickle of a dict with `data` and perhaps `ids`")
     parser.add_argument("--out", required=True, metavar="FILE", help="CSV file to write; - for standard output")
-    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation [the recipe's own]")
+    parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
                         help="ID,Labels alone, or with every class's probability [kaggle]")
     parser.add_argument("--names", action="store_true", help="write class names instead of their numbers")

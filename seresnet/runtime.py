@@ -338,7 +338,7 @@ def allocator_state() -> str:
 
 def leave_the_compiler_alone() -> None:
     """Keep torch's optimizers from importing torch's compiler, one to two seconds of a start, when all that they want of it is to be
-    left out of what it compiles. For a process in which nothing is compiled; SGD's and AdamW's own steps import it nevertheless."""
+    left out of what it compiles. For a process in which nothing is compiled."""
     from torch.optim import Optimizer
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         function = getattr(getattr(Optimizer, name), "__wrapped__", None)

@@ -583,7 +583,8 @@ def test_an_explicit_run_folder_is_used_and_not_shared(betons, tmp_path):
 
 # -- stop and go on -----------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0, optim__sam_radius=0.1, optim__sam_from=0.3), "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
+OPTIMIZERS = {"sgd": dict(optim__clip_norm=1.0, optim__sam_radius=0.1, optim__sam_from=0.3),
+              "adamw": dict(optim__name="adamw", optim__lr=1e-3, optim__ema_decay=0.8),
               "muon": dict(optim__name="muon", loader__mode="stream"),
               "hardest": dict(loop__hardest=[1, 0.97, 0.5], optim__warmup_epochs=0.5, optim__schedule="onecycle")}
 

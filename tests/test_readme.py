@@ -44,7 +44,7 @@ def place(tmp_path_factory):
         return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     for c, name in enumerate(CLASSES):
         (root / "pets" / name).mkdir(parents=True)
-        for i in range(30):
+        for i in range(12):
             picture(c).save(root / "pets" / name / f"{i}.{'png' if i % 2 else 'jpg'}")
     (root / "new_pets").mkdir()
     for i in range(14):

@@ -175,14 +175,16 @@ print(torch.get_num_threads(), numba.typed.Dict is before, IMAGE_MODES, runtime.
     assert done.stdout == "2 True {'jpg': 0, 'raw': 1} True\n", done.stderr
 
 
-def test_a_training_with_muon_starts_without_torchs_compiler():
-    done = run_python("""
+@pytest.mark.parametrize("name", ["muon", "sgd", "adamw"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_training_starts_without_torchs_compiler(name, fused):
+    done = run_python(f"name, fused = {name!r}, {fused}\n" + """
 import sys, torch
 from seresnet import config, loop, optim, runtime
 runtime.leave_the_compiler_alone()
 settings = config.read_file("rn_configs/se94.yaml")
 model = loop.build_model(config.build({**settings, "model.classes": 10, "model.image_size": 32, "model.initialisation": "orthogonal"}))
-optimizer = optim.build_optimizer(model, name="muon", lr=0.1)
+optimizer = optim.build_optimizer(model, name=name, fused=fused, lr=0.1)
 model(torch.randn(2, 3, 32, 32)).sum().backward()
 optimizer.step()
 optimizer.zero_grad()
