@@ -35,7 +35,7 @@ def save(path: Path | str, state: dict) -> None:
         with runtime.whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as RuntimeError
-        if runtime.is_out_of_memory(error) or "CUDA" in str(error):
+        if isinstance(error, RuntimeError) and (runtime.is_out_of_memory(error) or "CUDA" in str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be written ({reason}): free space there, or choose another folder with "

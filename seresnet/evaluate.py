@@ -4,6 +4,7 @@ trained net does well and badly on a labelled set: python -m seresnet.evaluate -
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -154,8 +155,9 @@ def main() -> None:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     net = trained.load(options.checkpoint, options.device)
     images, labels, text = read_labelled(options.data, net, options.split)
-    checkpoint = {"weights.pt": ""}.get(net.path.name, f"-{net.path.stem}")
-    folder = Path(options.out) if options.out else net.path.parent / "evaluation" / f"{Path(options.data).resolve().stem}{checkpoint}"
+    what = [Path(options.data).resolve().name.removesuffix(".beton"), *(["all"] if options.split == "all" else []),
+            *([net.path.stem] if net.path.name != "weights.pt" else [])]
+    folder = Path(options.out) if options.out else net.path.parent / "evaluation" / "-".join(what)
     report.create_folder(folder)
     earlier = _earlier(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
@@ -172,7 +174,8 @@ def main() -> None:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
     outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
-        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes)}
+        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
+        "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:
         outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)
         means = [float(np.mean(values)) for values in outcome["shift"].values()]
@@ -180,8 +183,8 @@ def main() -> None:
         report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
             *((name, *(f"{v:.2%}" for v in values), f"{mean:.2%}") for (name, values), mean in zip(outcome["shift"].items(), means)),
             ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")]))
-    elif "shift" in earlier and all(earlier.get(name) == outcome[name] for name in ("data", "checkpoint", "tta", "confusion", "classes")):
-        outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # the same net on the same images, by all that was counted
+    elif "shift" in earlier and earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]:
+        outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # of the same net, images and views, to the bit
     report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
     if not runtime.is_installed("matplotlib"):
         report.say(f"\n{folder}: evaluation.json; pictures are drawn with matplotlib, which is not installed: pip install matplotlib")

@@ -41,12 +41,10 @@ def is_image(file: Path) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file in `folder` at any depth, behind links to folders too, each folder once: a link may lead to where it lies."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
-        yield from (Path(place, name) for name in names)
+    """Every file in `folder` at any depth, in a fixed order; not behind links to folders, which may lead anywhere, and in circles."""
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def left_out(folder: Path, taken: Iterable[Path]) -> str:
@@ -121,8 +119,8 @@ def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") 
     """read_image of each, in their order, photographs on all cores: Pillow lets go of Python while it decodes and resizes, which of
     small pictures are shorter than handing one to a thread.
 
-    Raises SourceError behind the last image before one that cannot be read, with what is wrong with that and with those after it,
-    TOLD of them at most.
+    Raises SourceError where some cannot be read, with what is wrong with TOLD of them at most; images from that part of the files on
+    are not given.
     """
     from PIL import Image
     cores = min(runtime.available_cores(), 16)
@@ -144,7 +142,7 @@ def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") 
             if not problems:
                 yield from images
             if len(problems) > TOLD:
-                problems[TOLD:] = [f"{Path(files[0]).parent}: and there may be more: {len(files) - end:,} images were not looked at"]
+                problems[TOLD:] = [f"and {len(problems) - TOLD:,} more like these; {len(files) - end:,} images were not looked at"]
                 break
     if problems:
         raise SourceError(*problems)

@@ -110,7 +110,8 @@ def _batch_of_one(config: Config, model: SEResNet, samples: int) -> str:
     deviation of one number. '' where nothing is."""
     size, share = config.loader.batch_size, config.optim.sam_share if config.optim.sam_radius else 1
     images = samples - (config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0)
-    lasts = set() if config.loader.drop_last else {round(images * part) % size for part in (*config.loop.hardest, 1)}
+    parts = {stepwise(config.loop.hardest, epoch, config.loop.epochs, 1) for epoch in range(config.loop.epochs)}
+    lasts = set() if config.loader.drop_last else {round(images * part) % size for part in parts}
     few = min(count for count in {size, *lasts} if count)
     if math.ceil(share * few) > 1 or model.last_side(min(config.augment.sides, default=config.model.image_size)) > 1:
         return ""

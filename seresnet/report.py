@@ -351,12 +351,17 @@ def check_writable(path: Path | str) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected the name of a file to write")
-    system = any(place.is_relative_to(root) for place in (path.absolute(), path.resolve()) for root in ("/dev", "/proc"))
+    try:
+        places = path.absolute(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: is a link that leads in a circle: name another file") from error
+    system = any(place.is_relative_to(root) and not place.is_relative_to("/dev/shm") for place in places for root in ("/dev", "/proc"))
     if system or path.exists() and not path.is_file():    # a file takes its place when all is done: of /dev/null, for every program
         raise UserError(f"{path}: is no regular file, expected the name of one to write")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}: create it, or name another place")
-    if not os.access(path.parent, os.W_OK):
+    folder = places[1].parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no folder {folder}: create it, or name another place")
+    if not os.access(folder, os.W_OK):
         raise UserError(f"{path}: cannot be written (Permission denied): name another place")
 
 

@@ -286,9 +286,12 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
 
 def _child(path: Path, name: str) -> Path:
     """The folder `name` in `path`, however it is capitalised there: Train, TEST."""
-    if (path / name).is_dir() or not path.is_dir():
+    if (path / name).is_dir():
         return path / name
-    return next((entry for entry in sorted(path.iterdir()) if entry.name.lower() == name and entry.is_dir()), path / name)
+    try:
+        return next((entry for entry in sorted(path.iterdir()) if entry.name.lower() == name and entry.is_dir()), path / name)
+    except OSError:    # not there, or not to be read: whoever reads its classes says so
+        return path / name
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:

@@ -22,7 +22,7 @@ def words(name):
 def test_every_word_of_the_config_makes_a_net_of_its_own():
     assert words("activation") == tuple(m.ACTIVATIONS)
     for name in ("se", "stem", "downsample", "head_pool", "initialisation"):
-        nets = [net(**{name: word}) for word in words(name)]
+        nets = [net(**{name: word}) for word in words(name)]    # of one seed
         x = torch.randn(3, 3, 16, 16)
         assert len({each.eval()(x).sum().item() for each in nets}) == len(words(name)) >= 2, name
 
