@@ -33,12 +33,13 @@ def main() -> None:
     if not outdated:
         return
     images = source.read()
-    if settings.model.classes not in (0, len(images.classes)) and not own.force:
-        for path in filter(lambda path: _fits(path, settings.model.classes), targets.values()):
-            raise sources.MissingError(
-                f"{images.source}: has {len(images.classes)} classes ({_some(images.classes)}) and would take the place of {path}, which has "
-                f"the {settings.model.classes} of model.classes: name another place with --sources.path, other files with --beton.train "
-                "and --beton.test, or give --force")
+    wanted = settings.model.classes
+    lost = [path for path in targets.values() if wanted not in (0, len(images.classes)) and not own.force and _fits(path, wanted)]
+    if lost:
+        raise sources.MissingError(
+            f"{images.source}: has {len(images.classes)} classes ({_some(images.classes)}) and would take the place of {lost[0]}, which has "
+            f"the {wanted} of model.classes: name another place with --sources.path, other files with --beton.train and --beton.test, or "
+            "give --force")
     print(f"classes: {_some(images.classes)}", flush=True)
     for name in outdated:
         started, split = time.perf_counter(), getattr(images, name)

@@ -389,10 +389,11 @@ def contradictions(c: Config) -> list[str]:
         if 0 < getattr(c.model, name) < least:
             found.append(f"model.{name}: got {getattr(c.model, name)}, expected {least} and more, or 0 for the data's")
     for name in ("translate", "cutout"):
-        smallest = min((c.model.image_size, *(c.augment.sides if name == "cutout" else ())))
-        if 0 < c.model.image_size and smallest <= getattr(c.augment, name):
-            found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than "
-                         f"{'model.image_size' if smallest == c.model.image_size else 'the least of augment.sides'} = {smallest}")
+        if 0 < c.model.image_size <= getattr(c.augment, name):
+            found.append(f"augment.{name}: got {getattr(c.augment, name)}, expected less than model.image_size = "
+                         f"{c.model.image_size}")
+    if c.augment.sides and min(c.augment.sides) <= c.augment.cutout:
+        found.append(f"augment.cutout: got {c.augment.cutout}, expected less than the least of augment.sides = {min(c.augment.sides)}")
     for side in c.augment.sides:
         if 0 < c.model.image_size < side:
             found.append(f"augment.sides: got {side}, expected at most model.image_size = {c.model.image_size}")

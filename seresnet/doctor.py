@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,9 @@ def examine(data: Path) -> Iterator[Finding]:
     version = sys.version.split()[0]
     yield Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
     versions = runtime.describe_versions()
-    broken = why_not_imported(*filter(runtime.is_installed, ("torch", "ffcv")))    # they want libraries of the system
+    wanting = [name for name in ("torch", "ffcv") if runtime.is_installed(name)]    # libraries of the system
+    with ThreadPoolExecutor() as pool:    # side by side: seconds each
+        broken = dict(zip(wanting, pool.map(why_not_imported, wanting)))
     for name, command in NEEDED.items():
         there = runtime.is_installed(name)
         if broken.get(name):
@@ -78,20 +81,13 @@ def examine(data: Path) -> Iterator[Finding]:
         yield from _data(data, sorted(data.glob("*.beton")))
 
 
-def why_not_imported(*packages: str) -> dict[str, str]:
-    """For each package the last line of what a process of its own says that imports it; '' where that works. Side by side: seconds each."""
-    started = {name: subprocess.Popen([sys.executable, "-c", f"import {name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-               for name in packages}
-    found = {}
-    for name, process in started.items():
-        try:
-            _, errors = process.communicate(timeout=300)
-            found[name] = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1] if process.returncode else ""
-        except subprocess.TimeoutExpired as error:
-            process.kill()
-            process.communicate()
-            found[name] = str(error)
-    return found
+def why_not_imported(package: str) -> str:
+    """The last line of what a process of its own says that imports `package`; nothing where that works."""
+    try:
+        done = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return ((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]) if done.returncode else ""
 
 
 def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:

@@ -90,7 +90,7 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
             if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"):
                 raise SourceError(f"{where}: has the pixel format {image.mode}, expected RGB, CMYK or grey: convert it")
             if image.mode == "I;16":    # which convert would cut off at 255
-                image = _of_array(np.asarray(image), image)
+                image = _in_8_bits(image)
             if image.mode in ("RGBA", "LA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 if image.getextrema()[3][0] < 255:
@@ -107,10 +107,10 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
         raise SourceError(f"{where}: {reason}: replace or remove it") from error
 
 
-def _of_array(grey: np.ndarray, image: Image.Image) -> Image.Image:
+def _in_8_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits as an image of 8, which keeps how the camera was held."""
     from PIL import Image
-    small = Image.fromarray((grey >> 8).astype(np.uint8))
+    small = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     small.info.update(image.info)
     return small
 

@@ -89,13 +89,13 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     if "train" in betons and config.evaluate.split == "holdout" and config.evaluate.holdout_size >= betons["train"].samples:
         problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the "
                         f"{betons['train'].samples} images of {config.beton.train}")
+    held = config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0
     if "train" in betons and config.loop.hardest:
-        held = config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0
         fewest = round(min(config.loop.hardest) * (betons["train"].samples - held))
         if fewest < (config.loader.batch_size if config.loader.drop_last else 1):
             problems.append(f"loop.hardest: got {min(config.loop.hardest)}, which leaves {max(0, fewest)} images and no batch of "
                             f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches")
-    if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples)):
+    if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples - held)):
         problems.append(alone)
     if problems:
         raise runtime.UserError(*problems)
@@ -105,11 +105,10 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     return config, Data(betons["train"], betons["train"], kept, held), model
 
 
-def _batch_of_one(config: Config, model: SEResNet, samples: int) -> str:
-    """What is wrong where a batch, or the part of it that is ascended from, has one image and the last stage one pixel: there is no
-    deviation of one number. '' where nothing is."""
+def _batch_of_one(config: Config, model: SEResNet, images: int) -> str:
+    """What is wrong where a batch of the training `images`, or the part of it that is ascended from, has one image and the last stage
+    one pixel: there is no deviation of one number. '' where nothing is."""
     size, share = config.loader.batch_size, config.optim.sam_share if config.optim.sam_radius else 1
-    images = samples - (config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0)
     parts = {stepwise(config.loop.hardest, epoch, config.loop.epochs, 1) for epoch in range(config.loop.epochs)}
     lasts = set() if config.loader.drop_last else {round(images * part) % size for part in parts}
     few = min(count for count in {size, *lasts} if count)

@@ -150,11 +150,11 @@ class SEResNet(nn.Module):
         act = ACTIVATIONS[activation]
         self.head_pool = head_pool
         if stem == "whiten":
-            width, side = WHITEN_CHANNELS, image_size - 1
+            width = WHITEN_CHANNELS
             self.stem = nn.Sequential(nn.Conv2d(3, width, 2, bias=False), act())
             self.stem[0].weight.requires_grad_(False)    # set once from the data by `whiten`
         else:
-            width, side = stem_channels or channels[0], image_size
+            width = stem_channels or channels[0]
             self.stem = Layers(Conv2d(3, width, 3), nn.BatchNorm2d(width), act())
         if se == "stem":
             self.stem.append(SqueezeExcitation(width, se_reduction))
@@ -163,18 +163,18 @@ class SEResNet(nn.Module):
             stage: list[nn.Module] = []
             if downsample == "pool":
                 stage += [ConvBeforePool(width, c_out), MaxPool2x2(), nn.BatchNorm2d(c_out), act()]
-                width, side = c_out, side // 2
+                width = c_out
             for j in range(count):
                 stride = 2 if downsample == "stride" and i > 0 and j == 0 else 1
                 stage.append(ResidualBlock(width, c_out, stride=stride, kernel=kernel, shortcut_kernel=shortcut_kernel,
                                            depth=block_depth, se_reduction=se_reduction if se == "block" else None,
                                            activation=act, shortcut_scale=shortcut_scale))
-                width, side = c_out, -(-side // stride)
+                width = c_out
             stages.append(Layers(*stage))
-        if side < 1:
+        self.stages = nn.Sequential(*stages)
+        if not self.takes(image_size):
             raise ValueError(f"{len(blocks)} stages leave nothing of images of {image_size} pixels a side: fewer "
                              "stages, or larger images")
-        self.stages = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes, bias=head_bias)
         if head_std:
@@ -201,20 +201,18 @@ class SEResNet(nn.Module):
 
     def takes(self, side: int) -> bool:
         """Whether images of `side` pixels are large enough for all stages: the net fits every size that is."""
-        side -= isinstance(self.stem[0], nn.Conv2d) and self.stem[0].padding == (0, 0)
-        for module in self.stages.modules():
-            side = side // 2 if isinstance(module, nn.MaxPool2d) else side
-        return side >= 1
+        return self.last_side(side) >= 1
 
-    @torch.no_grad()
     def last_side(self, side: int) -> int:
-        """The side of what the head sees of images of `side` pixels."""
-        was_training = self.training
-        self.eval()    # which one image will do for
-        try:
-            return self.stages(self.stem(torch.zeros(1, 3, side, side, device=next(self.parameters()).device))).shape[-1]
-        finally:
-            self.train(was_training)
+        """The side of what the head sees of images of `side` pixels; 0 and less where the stages leave nothing of them."""
+        side -= self.stem[0].padding == (0, 0)
+        for stage in self.stages:
+            for layer in stage:
+                if isinstance(layer, nn.MaxPool2d):
+                    side //= 2
+                elif isinstance(layer, ResidualBlock):
+                    side = -(-side // layer.branch[0].stride[0])
+        return side
 
     @property
     def wants_whitening(self) -> bool:

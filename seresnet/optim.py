@@ -84,8 +84,8 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
 
 
 def _quick_to_start(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """torch's optimizer `kind`, but for its step's first, which imports torch's compiler, to tell it that it is to leave the step out:
-    two seconds of a start on two cores. Not for what is to be differentiated."""
+    """torch's optimizer `kind` without what torch puts around its step, which imports torch's compiler to tell it to leave the step
+    out: two seconds of a start on two cores. Not for steps that are to be differentiated."""
     return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 

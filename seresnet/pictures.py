@@ -18,7 +18,8 @@ def _drawing(draw: Callable) -> Callable:
     @functools.wraps(draw)
     def drawn(*arguments, **named):
         import matplotlib
-        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings(action="ignore", category=UserWarning):
+        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             return draw(*arguments, **named)
     return drawn
 

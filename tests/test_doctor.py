@@ -20,7 +20,7 @@ def test_what_is_there_is_said(run, tmp_path):
 
 
 def test_a_folder_of_images_is_converted_by_the_recipe_for_those(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "why_not_imported", lambda *packages: dict.fromkeys(packages, ""))
+    monkeypatch.setattr(doctor, "why_not_imported", lambda package: "")
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
@@ -30,7 +30,7 @@ def test_a_folder_of_images_is_converted_by_the_recipe_for_those(tmp_path, monke
 
 def test_what_is_missing_is_said_with_the_command(run, tmp_path, monkeypatch):
     whole = runtime.is_installed
-    monkeypatch.setattr(doctor, "why_not_imported", lambda *packages: dict.fromkeys(packages, ""))
+    monkeypatch.setattr(doctor, "why_not_imported", lambda package: "")
     monkeypatch.setattr(runtime, "is_installed", lambda name: name not in ("ffcv", "fastargs") and whole(name))
     (tmp_path / "x.beton").write_bytes(b"x")
     found = {f.what: f for f in doctor.examine(tmp_path)}
@@ -52,7 +52,7 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
     found = {f.what: f for f in doctor.examine(tmp_path)}
     assert found["ffcv"].good is None and "libturbojpeg.so.0: cannot open" in found["ffcv"].detail
     assert "echo again >>.venv/ready && make setup" in found["ffcv"].mend
-    assert found["numba"].good and doctor.why_not_imported("json", "ffcv")["json"] == ""
+    assert found["numba"].good and doctor.why_not_imported("json") == ""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     monkeypatch.setattr(runtime, "is_installed", lambda name: name != "terminaltables")
@@ -64,7 +64,7 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
 @pytest.mark.parametrize("there", [True, False])
 def test_triton_is_asked_for_where_there_is_a_gpu(there, tmp_path, monkeypatch):
     machine, installed = runtime.describe_machine(), runtime.is_installed
-    monkeypatch.setattr(doctor, "why_not_imported", lambda *packages: dict.fromkeys(packages, ""))    # seconds, and told of elsewhere
+    monkeypatch.setattr(doctor, "why_not_imported", lambda package: "")    # seconds, and told of elsewhere
     monkeypatch.setattr(runtime, "describe_machine", lambda: {**machine, "gpu": "a GPU"})
     monkeypatch.setattr(runtime, "is_installed", lambda name: there if name == "triton" else installed(name))
     found = {f.what: f for f in doctor.examine(tmp_path)}

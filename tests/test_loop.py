@@ -383,8 +383,8 @@ def test_an_overflow_on_the_way_up_the_slope_costs_the_step_and_not_the_run(beto
     ({"loader__batch_size": 149}, True), ({"loader__batch_size": 149, "loader__drop_last": True}, False), ({"loader__batch_size": 148}, False),
     ({"loader__batch_size": 1, "loader__drop_last": True}, True), ({"loader__batch_size": 149, "model__blocks": [1, 1, 1]}, False),
     ({"loader__batch_size": 4, "optim__sam_radius": 0.1, "optim__sam_share": 0.25, "loader__drop_last": True}, True),
-    ({"loader__batch_size": 74, "loop__hardest": [1, 0.5]}, True), ({"loader__batch_size": 149, "loop__hardest": [0.5]}, False), ({"loader__batch_size": 50, "evaluate__split": "holdout",
-                                                                      "evaluate__holdout_size": 99}, True)])
+    ({"loader__batch_size": 74, "loop__hardest": [1, 0.5]}, True), ({"loader__batch_size": 149, "loop__hardest": [0.5]}, False),
+    ({"loader__batch_size": 50, "evaluate__split": "holdout", "evaluate__holdout_size": 99}, True)])
 def test_a_batch_that_cannot_be_normalised_is_told_before_anything_is_trained(betons, tmp_path, changes, told):
     """150 images; five stages leave one pixel of 16."""
     changes = {"model__blocks": [1, 1, 1, 1, 1], "loader__drop_last": False, "loop__epochs": 2, **changes}

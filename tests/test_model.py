@@ -209,6 +209,8 @@ def test_takes_says_which_sides_the_net_can_be_given(settings):
         except RuntimeError:
             works = False
         assert net.takes(side) == works, side
+        if works:
+            assert net.last_side(side) == net.stages(net.stem(torch.zeros(1, 3, side, side))).shape[-1], side
 
 
 @pytest.mark.parametrize("height, width", [(7, 7), (8, 8), (7, 8), (6, 9), (3, 3), (2, 3)])
