@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="write again what is up to date")
     settings, own = config.parse(sys.argv[1:], parser)
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
-    source = sources.find_source(**vars(settings.sources))
+    source = sources.find_source(**vars(settings.sources), watch=report.watched("reading", " images"))
     print(f"source: {source.describe()}", flush=True)
     if left_out := source.left_out():
         print(left_out, flush=True)

@@ -5,6 +5,7 @@ Exit status: 0 where a training can run, 2 where something that it needs is miss
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def why_not_imported(package: str) -> str:
 
 def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
     from seresnet.beton import open_beton
-    from seresnet.sources import find_source
+    from seresnet.sources import MissingError, find_source, hint
     for path in betons:
         try:
             found = open_beton(path)
@@ -102,12 +103,15 @@ def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
     if not betons:
         try:
             found = find_source(data)
-            recipe = "se94" if found.kind in ("binary", "pickle", "archive") else "own_images"
-            yield Finding("data", True, f"{found.describe()}, not converted yet", f"python write_datasets.py --config-file "
-                          f"rn_configs/{recipe}.yaml --sources.path {data}")
-        except runtime.UserError:
-            yield Finding("data", None, f"none in {data.resolve()}", "make train CIFAR10_DIR=..., or python write_datasets.py --config-file "
-                          "rn_configs/se94.yaml --sources.kind download")
+            recipe = {"cifar10": "se94.yaml", "cifar100": "se95.yaml --beton.train data/cifar100_train.beton --beton.test "
+                      "data/cifar100_test.beton"}.get(found.official_name(), "own_images.yaml")
+            yield Finding("data", True, f"{found.describe()}, not converted yet",
+                          f"python write_datasets.py --config-file rn_configs/{recipe} --sources.path {shlex.quote(str(data))}")
+        except MissingError:
+            yield Finding("data", None, f"none in {data.resolve()}{hint(data)}", "make train CIFAR10_DIR=..., or python write_datasets.py "
+                          "--config-file rn_configs/se94.yaml --sources.kind download")
+        except runtime.UserError as error:    # several sets, or one that may not be read
+            yield Finding("data", None, str(error), "give --sources.path the one that is meant")
 
 
 def main() -> int:

@@ -97,12 +97,12 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     path = Path(path)
     if not path.exists():
         raise runtime.UserError(f"--data {path}: does not exist (looked in {Path.cwd()})")
-    if path.suffix == ".beton":
+    if path.suffix.lower() == ".beton":
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
     else:
         how = {name: net.config["sources"][name] for name in beton.HOW}
-        found = sources.find_source(path, **how).read()
+        found = sources.find_source(path, **how, watch=report.watched("reading", " images")).read()
         images, labels = found.test.images, found.test.labels
         if split == "all":
             images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
@@ -157,9 +157,14 @@ def main() -> None:
     images, labels, text = read_labelled(options.data, net, options.split)
     what = [Path(options.data).resolve().name.removesuffix(".beton"), *(["all"] if options.split == "all" else []),
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
+    place = str(Path(options.data).resolve())
     folder = Path(options.out) if options.out else net.path.parent / "evaluation" / "-".join(what)
+    earlier, number = _earlier(folder / "evaluation.json"), 1
+    while not options.out and earlier.get("place", place) != place:    # another set of that name
+        number += 1
+        folder = folder.with_name(f"{'-'.join(what)}-{number}")
+        earlier = _earlier(folder / "evaluation.json")
     report.create_folder(folder)
-    earlier = _earlier(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
@@ -173,7 +178,7 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
+    outcome = {"data": text, "place": place, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:

@@ -7,11 +7,11 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from seresnet.runtime import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some kilobytes may claim any number
@@ -87,9 +89,7 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
             if image.width * image.height > LARGEST_IMAGE:    # decided from the header, before anything is decoded
                 raise SourceError(f"{where}: is {image.width} x {image.height} pixels, expected {LARGEST_IMAGE:,} in all at "
                                   "most: make it smaller, or remove it")
-            if image.mode not in ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"):
-                raise SourceError(f"{where}: has the pixel format {image.mode}, expected RGB, CMYK or grey: convert it")
-            if image.mode == "I;16":    # which convert would cut off at 255
+            if image.mode in ("I;16", "I"):    # 16 bits, by Pillow's version: convert would cut them off at 255
                 image = _in_8_bits(image)
             if image.mode in ("RGBA", "LA") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -217,6 +217,15 @@ def check_room(needed: int, way_out: str, file: Path | None = None) -> None:
     if needed > room:
         takes = f"{file}: unpacks to {needed >> 20} MiB" if file else f"the images take {needed >> 20} MiB of memory"
         raise SourceError(f"{takes}, {room >> 20} MiB are free: {way_out}")
+
+
+def in_small_letters(content: Mapping[object, T], where: str) -> dict[str, T]:
+    """`content` under its names in small letters: X_train is x_train. Raises SourceError where two names would become one."""
+    small = {str(name).lower(): value for name, value in content.items()}
+    if len(small) < len(content):
+        twice = sorted(str(name) for name in content if sum(str(name).lower() == str(other).lower() for other in content) > 1)
+        raise SourceError(f"{where}: holds {' and '.join(twice[:2])}, which differ in capitals alone: rename one of them")
+    return small
 
 
 def load_pickle(file: BinaryIO, where: str) -> object:

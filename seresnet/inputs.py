@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, as_text, check_room, files_below, fit_images, is_image, left_out,
-                            load_pickle, read_arrays, read_image, read_image_files)
+from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
+                            left_out, load_pickle, read_arrays, read_image, read_image_files)
 from seresnet.sources import as_images
 
 IMAGE_KEYS = ("images", "data", "x", "x_test", "test_images")
@@ -28,14 +29,15 @@ class Unlabelled:
     left_out: str = ""
 
 
-def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unlabelled:
+def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
+                    watch: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> Unlabelled:
     """The images at `path`, for a net that takes `image_size` pixels a side.
 
     Read are an image folder (ids: names without suffix, below subfolders with them; 2 before 10) or a single image, a
     .beton, .npy, .npz (`images` and perhaps `ids`) and .bin (CIFAR's rows, labels passed over), and any other file as a
     pickle of Python 2 or 3 (a dict with `data` and perhaps `ids`, or an array), which is never executed. Where a file has
     no ids, they count from 0. fit: how images of another size are brought to it, `resize` or `crop` (files.read_image);
-    with `none` they are refused.
+    with `none` they are refused. watch: as of sources.Source.
 
     Raises SourceError with path, finding and way out.
     """
@@ -44,12 +46,12 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none") -> Unl
         raise SourceError(f"--images {path}: does not exist (looked in {Path.cwd()})")
     size = 0 if fit == "none" else image_size
     if path.is_dir():
-        found = _folder(path, image_size, size, fit)
+        found = _folder(path, image_size, size, fit, watch)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         found = Unlabelled([path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
     elif path.suffix.lower() in OTHER_PICTURES:
         raise SourceError(f"{path}: is a picture in a format that we do not read: convert it to PNG or JPEG")
-    elif path.suffix == ".beton":
+    elif path.suffix.lower() == ".beton":
         images = read_images(open_beton(path))
         found = Unlabelled([str(i) for i in range(len(images))], images)
     else:
@@ -70,14 +72,14 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
     return images
 
 
-def _folder(path: Path, side: int, size: int, fit: str) -> Unlabelled:
+def _folder(path: Path, side: int, size: int, fit: str, watch: Callable) -> Unlabelled:
     names = [name for name in (file.relative_to(path) for file in files_below(path)) if is_image(name)]
     if not names:
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
     names.sort(key=lambda name: (str(name.parent), int(name.stem) if name.stem.isdecimal() else -1, str(name)))
     check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
-    for i, image in enumerate(read_image_files([path / name for name in names], size, fit)):
+    for i, image in enumerate(watch(read_image_files([path / name for name in names], size, fit), len(names))):
         images[i] = _expected(image[None], side, str(path / names[i]))[0]
     return Unlabelled([name.with_suffix("").as_posix() for name in names], images, left_out(path, (path / name for name in names)))
 
@@ -88,7 +90,7 @@ def _table(path: Path) -> Unlabelled:
         content = read_arrays(path)
         if len(content) == 1:    # whatever it is called: numpy's arr_0, unless told otherwise
             content = {"images": next(iter(content.values()))}
-    elif path.suffix == ".bin":
+    elif path.suffix.lower() == ".bin":
         content = {"data": _binary_rows(path)}
     else:
         try:
@@ -103,7 +105,7 @@ def _table(path: Path) -> Unlabelled:
         content = {"data": content} if isinstance(content, np.ndarray) else content
     if not isinstance(content, dict):
         raise SourceError(f"{path}: holds a {type(content).__name__}, expected a dict with `data`, or an array of images")
-    content = {str(key).lower(): value for key, value in content.items()}    # X_test, ID
+    content = in_small_letters(content, str(path))    # X_test, ID
     key = next((key for key in IMAGE_KEYS if isinstance(content.get(key), np.ndarray)), None)
     if key is None and (lists := [key for key in IMAGE_KEYS if isinstance(content.get(key), (list, tuple))]):
         raise SourceError(f"{path}: {lists[0]} is a list, expected one array of images: numpy.stack makes it of them")

@@ -66,7 +66,7 @@ def main() -> None:
     sources = net.config["sources"]
     fit = (sources["fit"] if sources["image_size"] else "none") if options.fit == "auto" else options.fit
     started = time.perf_counter()
-    found = read_unlabelled(options.images, net.image_size, fit)
+    found = read_unlabelled(options.images, net.image_size, fit, report.watched("reading", " images"))
     read_seconds = time.perf_counter() - started
     probabilities = net.probabilities(found.images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started

@@ -396,23 +396,23 @@ def _has_bars() -> bool:
     return sys.stderr.isatty() and runtime.is_installed("tqdm")
 
 
-def progress(items: Iterable[T], total: int, label: str, done: int = 0) -> Iterator[T]:
+def progress(items: Iterable[T], total: int, label: str, done: int = 0, unit: str = "batch") -> Iterator[T]:
     """`items`, with a progress bar on a terminal and nothing elsewhere. done: how many of `total` lie behind already."""
     if not _has_bars():
         return iter(items)
-    return _with_bar(items, total, label, done)
+    return _with_bar(items, total, label, done, unit)
 
 
-def watched(label: str) -> Callable[[Sequence[T]], Iterator[T]]:
-    """What shows such a bar for whatever it is called with."""
-    return lambda items: progress(items, len(items), label)
+def watched(label: str, unit: str = "batch") -> Callable[..., Iterator]:
+    """watched(...)(items, total): what shows such a bar; items of unknown length need the total."""
+    return lambda items, total=None: progress(items, len(items) if total is None else total, label, unit=unit)
 
 
-def _with_bar(items: Iterable[T], total: int, label: str, done: int) -> Iterator[T]:
+def _with_bar(items: Iterable[T], total: int, label: str, done: int, unit: str) -> Iterator[T]:
     from tqdm import tqdm
     iterator = iter(items)
     try:
-        with tqdm(iterator, total=total, initial=done, desc=label, leave=False, unit="batch", dynamic_ncols=True) as bar:
+        with tqdm(iterator, total=total, initial=done, desc=label, leave=False, unit=unit, dynamic_ncols=True) as bar:
             yield from bar
     finally:
         if hasattr(iterator, "close"):

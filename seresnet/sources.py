@@ -10,15 +10,15 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, files_below, fit_images, is_image, left_out,
-                            read_arrays, read_image, read_image_files)
+from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
+                            left_out, read_arrays, read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
@@ -44,7 +44,8 @@ class Source:
     """A recognised data set that has not been read yet, and how to read it.
 
     kind: one of KINDS, or download or digits. image_size: side to bring images to, 0 to leave them; fit: how (files.FITS).
-    test_share: of each class, where the set has no test split. labels: `fine` or `coarse`, where it has both.
+    test_share: of each class, where the set has no test split. labels: `fine` or `coarse`, where it has both. watch(items, total) ->
+    the same items: is shown the pictures that are read one by one.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Source:
     fit: str = "resize"
     test_share: float = 0.2
     labels: str = "fine"
+    watch: Callable[[Iterable, int], Iterable] = field(default=lambda items, total: items, repr=False, compare=False)
 
     def describe(self) -> str:
         """What and where, in one line for people."""
@@ -60,6 +62,14 @@ class Source:
                 "folder": "image folder", "download": "CIFAR-10, downloaded into", "parquet": "parquet files in",
                 "kaggle": f"images and {LABEL_FILE} in", "arrays": "arrays in"}
         return "scikit-learn's load_digits" if self.kind == "digits" else f"{what[self.kind]} {self.path}"
+
+    def official_name(self) -> str:
+        """The name in cifar.SETS of what is in one of CIFAR's layouts, of an archive by its file's name; '' for other kinds."""
+        if self.kind in ("binary", "pickle"):
+            return _set_at(self.kind, self.path)
+        if self.kind in ("archive", "download"):
+            return next((name for name, known in SETS.items() if self.path.name in known.archives), "cifar10")
+        return ""
 
     def how(self) -> dict[str, int | float | str]:
         """How it is read: the keys of the config's `sources` without place and kind."""
@@ -133,7 +143,7 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
         if several := _several(kind, found[kind], path):
             raise SourceError(f"sources.path: {path} holds several data sets: {', '.join(several[:5])}: name one of them")
         return Source(kind, found[kind], **how)
-    there = f"is there, but holds no data set that we read{_hint(path)}" if path.exists() else "does not exist"
+    there = f"is there, but holds no data set that we read{hint(path)}" if path.exists() else "does not exist"
     if found:
         there = f"holds {', '.join(found)}, not {kind}"
     raise (SourceError if found else MissingError)(
@@ -147,7 +157,7 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
         found += [(layout, folder) for layout, name in known.folders.items() for folder in (path, path / name)
                   if (folder / known.files(layout)[0]).is_file() and _set_at(layout, folder)]
         found += [("archive", path / name) for name in known.archives if (path / name).is_file()]
-    if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
+    if path.is_file() and path.name.lower().endswith((".tar.gz", ".tgz")):
         found.append(("archive", path))
     if path.is_dir():
         if (path / LABEL_FILE).is_file() and (path / "train").is_dir():
@@ -157,7 +167,7 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
         if any(files for tree in _trees(path).values() for _, files in tree):
             found.append(("folder", path))
         found += [("arrays", file) for file in _labelled_arrays(path)[:1]]
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and path.is_file():
         found.append(("arrays", path))
     return found
 
@@ -165,10 +175,10 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
 def _labelled_arrays(path: Path) -> list[Path]:
     """The .npz files in `path` that hold a set to train on: others are of something else, such as images to predict."""
     found = []
-    for file in sorted(path.glob("*.npz")):
+    for file in sorted(entry for entry in path.glob("*") if entry.suffix.lower() == ".npz"):
         try:
             with zipfile.ZipFile(file) as content:
-                names = {name.removesuffix(".npy") for name in content.namelist()}
+                names = {name.removesuffix(".npy").lower() for name in content.namelist()}
         except (OSError, zipfile.BadZipFile):
             names = set(ARRAY_NAMES["train"][0])    # damaged: whoever reads it says so
         if any(names.issuperset(pair) for pairs in ARRAY_NAMES.values() for pair in pairs):
@@ -176,7 +186,7 @@ def _labelled_arrays(path: Path) -> list[Path]:
     return found
 
 
-def _hint(path: Path) -> str:
+def hint(path: Path) -> str:
     """Where there are pictures below `path` nevertheless, in words; '' for nowhere."""
     if not path.is_dir():
         return ""
@@ -295,7 +305,7 @@ def _child(path: Path, name: str) -> Path:
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
-    return _stack(len(files), zip(map(str, files), read_image_files(files, source.image_size, source.fit)))
+    return _stack(len(files), zip(map(str, files), source.watch(read_image_files(files, source.image_size, source.fit), len(files))))
 
 
 def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -419,7 +429,7 @@ def _read_parquet(source: Source) -> ImageSet:
         if not all(label if type(label) is str else type(label) is int and label >= 0 for label in labels):
             raise SourceError(f"{source.path}: {split} has samples without a label: a set to train on needs one each")
         images = _stack(len(contents), (_cell(content, f"{source.path}: {split} image {i}", source)
-                                        for i, content in enumerate(contents)))
+                                        for i, content in enumerate(source.watch(contents, len(contents)))))
         read[split] = images, labels
     if any(type(label) is str for _, labels in read.values() for label in labels):    # words, not numbers of classes
         classes = tuple(sorted({str(label) for _, labels in read.values() for label in labels}))
@@ -449,8 +459,8 @@ def _hub_classes(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
 
 def _read_arrays(source: Source) -> ImageSet:
     """An .npz file with x_train, y_train, x_test, y_test (or train_images, train_labels, ...), or with one split: x and y,
-    or images and labels. Class names in `classes`, else numbers. Images uint8 (N, H, W), (N, H, W, 3), or (N, 3, H, W)."""
-    arrays, read = read_arrays(source.path), {}
+    or images and labels, in capitals or not. Class names in `classes`, else numbers. Images uint8 (N, H, W), (N, H, W, 3), or (N, 3, H, W)."""
+    arrays, read = in_small_letters(read_arrays(source.path), str(source.path)), {}
     for split, pairs in ARRAY_NAMES.items():
         for x, y in pairs:
             if x in arrays and y in arrays:

@@ -19,13 +19,27 @@ def test_what_is_there_is_said(run, tmp_path):
     assert "| torch " in output and "train.beton" in output and "240 images of 16 x 16, 3 classes" in output
 
 
-def test_a_folder_of_images_is_converted_by_the_recipe_for_those(tmp_path, monkeypatch):
+def test_a_set_is_converted_by_the_recipe_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "why_not_imported", lambda package: "")
+
+    def said(folder):
+        return {f.what: f for f in doctor.examine(folder)}["data"]
+    pets = tmp_path / "my pets"
     for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    found = {f.what: f for f in doctor.examine(tmp_path)}
-    assert "rn_configs/own_images.yaml" in found["data"].mend and "image folder" in found["data"].detail
+        (pets / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(pets / name / "0.png")
+    assert "rn_configs/own_images.yaml" in said(pets).mend and f"'{pets}'" in said(pets).mend and "image folder" in said(pets).detail
+    (tmp_path / "loose").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose/0.png")
+    assert said(tmp_path / "loose").good is None and "0.png is a picture, and a folder is wanted that holds" in said(tmp_path / "loose").detail
+    for name, recipe in (("cifar-10-python.tar.gz", "se94.yaml"), ("cifar-100-python.tar.gz", "se95.yaml --beton.train data/cifar100_train.beton")):
+        (tmp_path / recipe[:4]).mkdir()
+        (tmp_path / recipe[:4] / name).touch()
+        assert f"rn_configs/{recipe}" in said(tmp_path / recipe[:4]).mend
+    (tmp_path / "arrays").mkdir()
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"arrays/{name}.npz", x=np.zeros(1), y=np.zeros(1))
+    assert "holds several data sets: a.npz, b.npz" in said(tmp_path / "arrays").detail
 
 
 def test_what_is_missing_is_said_with_the_command(run, tmp_path, monkeypatch):

@@ -167,5 +167,9 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     assert status == 0 and "| cat " in output and f": {(test.labels > 0).sum()} images" in output, errors
     told = json.loads((folder / "evaluation/set/evaluation.json").read_text())
     assert told["accuracy"] > 0.6 and np.array(told["confusion"]).sum(1).tolist() == np.bincount(test.labels[test.labels > 0], minlength=3).tolist()
+    shutil.copytree(tmp_path / "set", tmp_path / "other/set")
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "other/set")
+    assert status == 0 and str(folder / "evaluation/set-2") in output, errors
+    assert json.loads((folder / "evaluation/set/evaluation.json").read_text()) == told, "another set's of that name stays"
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "nowhere")
     assert status == 2 and "error: --data nowhere: does not exist" in errors

@@ -407,7 +407,9 @@ def test_names_are_read_in_the_encoding_that_they_have(name, text):
 
 def test_grey_and_jpeg_files_become_rgb(tree):
     write_tree(tree, "train", ["cat"], 1, mode="L", seed=9)
-    grey = find_source(tree).read().train.images[0]
+    shown = []
+    grey = find_source(tree, watch=lambda items, total: shown.append(total) or items).read().train.images[0]
+    assert shown == [12, 6], "whoever waits for training and test images is shown how far it is"
     assert (grey == grey[..., :1]).all() and grey.std() > 1
     write_tree(tree, "train", ["dog"], 1, suffix=".JPG")
     assert len(find_source(tree).read().train.labels) == 13
@@ -830,13 +832,15 @@ def test_bad_parquet_files_are_refused(tmp_path, write, message):
 
 
 @pytest.mark.parametrize("names", [("x_train", "y_train", "x_test", "y_test"),
-                                   ("train_images", "train_labels", "val_images", "val_labels")])
+                                   ("train_images", "train_labels", "val_images", "val_labels"), ("X_train", "Y_train", "X_test", "Y_test")])
 def test_arrays_with_both_splits(tmp_path, names):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (9, 8, 8), dtype=np.uint8), np.arange(9)[:, None] % 3
     np.savez(tmp_path / "set.npz", **dict(zip(names, (x, y, x[:3], y[:3]))), classes=np.array(["a", "b", "c"], "S" if "val" in names[2] else "U"))
     read = find_source(tmp_path / "set.npz").read()
     assert find_source(tmp_path).path == tmp_path / "set.npz"
+    (tmp_path / "set.npz").rename(tmp_path / "SET.NPZ")
+    assert find_source(tmp_path).path == tmp_path / "SET.NPZ" and find_source(tmp_path / "SET.NPZ").kind == "arrays"
     assert read.classes == ("a", "b", "c") and np.array_equal(read.train.images, np.repeat(x[..., None], 3, axis=3))
     assert read.test.labels.tolist() == [0, 1, 2]
 
@@ -855,6 +859,7 @@ def test_arrays_with_one_split_and_planes_first(tmp_path):
     (dict(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4)), "labels is float64"),
     (dict(images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.array([0, 1, 0, 99999])), "label 99999"),
     (dict(pictures=np.zeros((4, 8, 8, 3), np.uint8)), "holds pictures; expected"),
+    (dict(X=np.zeros((4, 8, 8, 3), np.uint8), y=np.arange(4) % 2, x=np.zeros(4)), "holds X and x, which differ in capitals alone"),
     (dict(images=np.array([{}, {}], object), labels=np.arange(2)), "holds objects rather than numbers")])
 def test_bad_arrays_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "set.npz", **arrays)

@@ -122,7 +122,7 @@ def as_pickle(content, protocol=2):
     ("set.npz", lambda path: np.savez(path, x=IMAGES, ids=np.array(IDS)), IDS, IMAGES),
     ("cifar10.bin", lambda path: np.concatenate([np.zeros((12, 1), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
     ("cifar100.bin", lambda path: np.concatenate([np.zeros((12, 2), np.uint8), ROWS], 1).tofile(path), None, SMOOTH),
-    ("plain.bin", lambda path: ROWS.tofile(path), None, SMOOTH),
+    ("PLAIN.BIN", lambda path: ROWS.tofile(path), None, SMOOTH),
     ("alone.NPZ", lambda path: np.savez(open(path, "wb"), IMAGES), None, IMAGES),
     ("named.npz", lambda path: np.savez(path, X_test=IMAGES, ID=np.arange(5.0, 17)), [str(i) for i in range(5, 17)], IMAGES)])
 def test_files_of_images(tmp_path, name, write, ids, images):
@@ -137,8 +137,9 @@ def test_a_beton_and_a_folder(tmp_path):
     for i in range(12):
         Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("no image")
-    found = inputs.read_unlabelled(tmp_path, 32)
-    assert found.ids == [str(i) for i in range(12)], "2 before 10"
+    shown = []
+    found = inputs.read_unlabelled(tmp_path, 32, watch=lambda items, total: shown.append(total) or items)
+    assert found.ids == [str(i) for i in range(12)] and shown == [12], "2 before 10"
     assert np.array_equal(found.images, IMAGES)
     assert inputs.read_unlabelled(tmp_path / "7.png", 32).ids == ["7"] and not found.left_out
     (tmp_path / ".thumbnails").mkdir()
@@ -203,6 +204,7 @@ class Payload:
     ("x.npy", lambda path: np.save(path, IMAGES[0]), r"one image or several grey ones: .*one as images\[None\]"),
     ("x.npy", lambda path: np.save(path, IMAGES[0].transpose(2, 0, 1)), "one image or several grey ones"),
     ("x.npz", lambda path: foreign_member(path), "images in it is no array"),
+    ("x.npz", lambda path: np.savez(path, images=IMAGES, Images=IMAGES), "holds Images and images, which differ in capitals alone"),
     ("x.npy", lambda path: np.save(path, np.zeros((2, 40, 40, 3), np.uint8)), "40 x 40 pixels, the net takes 32 x 32"),
     ("x.npy", lambda path: np.save(path, IMAGES[:0]), "holds no images"),
     ("x.npy", lambda path: np.save(path, np.array([{}], object)), "do not trust this file"),
