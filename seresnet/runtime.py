@@ -37,6 +37,10 @@ ALLOCATOR_TUNABLES = {
     "glibc.malloc.trim_threshold": str(1 << 40),    # never hand the top of the heap back
     "glibc.malloc.top_pad": str(1 << 28),           # grow the heap 256 MiB at a time
 }
+# GNU's OpenMP, which torch brings on Linux, has its threads look out 300,000 times, some ten milliseconds, for each other. Alone they seldom have
+# to. Where another program computes on a core, the one that is waited for cannot run while the others look out: two trainings at once
+# took six times as long as with this number, which costs a training alone nothing (records/2026-11-27_waiting).
+SPINS = "5000"
 DEVICES = r"auto|cpu|mps|cuda(:\d{1,2})?"    # what run.device and --device may be
 _TUNED_MARK = "SERESNET_ALLOCATOR"
 
@@ -217,6 +221,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
     129, 130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
+    wait_briefly()    # most programs load torch in `main`
     for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -292,6 +297,13 @@ def set_threads(wanted: int, of: Launch = Launch()) -> None:
         torch.set_num_threads(max(1, available_cores() // of.local_world))
 
 
+def wait_briefly() -> None:
+    """Let OpenMP's threads look out only SPINS times for the work they wait for before they sleep, unless the user has said how they
+    are to wait. Call it before a library that brings GNU's OpenMP is loaded, which reads it once."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
 def stay_on_this_machine() -> None:
     """Let processes of one machine talk over its loopback device, unless the user has chosen a network: gloo would look for
     the machine's own name in the network, which need not be there."""
@@ -318,8 +330,9 @@ def tune_allocator(device: str = "cpu") -> None:
 
     device: what `run.device` asks for; only `auto` and `cpu` can end on a CPU, for any other nothing is done. Call it
     before torch is imported: everything done so far is thrown away. `sys.orig_argv` repeats the interpreter's own
-    options too.
+    options too. Either way OpenMP's threads `wait_briefly`.
     """
+    wait_briefly()
     if device not in ("auto", "cpu"):
         return
     environment = allocator_command(dict(os.environ), sys.executable, sys.orig_argv[1:])

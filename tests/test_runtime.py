@@ -101,6 +101,37 @@ def test_the_allocator_is_left_alone_where_the_user_or_a_restart_has_set_it():
     assert other["GLIBC_TUNABLES"].startswith("glibc.rtld.optional_static_tls=512:glibc.malloc.")
 
 
+@pytest.mark.parametrize("said, waits", [({}, "5000 none"), ({"GOMP_SPINCOUNT": "7"}, "7 none"), ({"OMP_WAIT_POLICY": "active"}, "none active")])
+def test_threads_wait_briefly_unless_the_user_says_how(said, waits):
+    show = "print(*(os.environ.get(name, 'none') for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')), 'torch' in sys.modules)"
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for call in ("runtime.tune_allocator('cuda')", "runtime.tune_allocator()", f"runtime.run_program(lambda: {show})"):
+        code = f"import os, sys; from seresnet import runtime; {call}" + ("" if "lambda" in call else f"; {show}")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**clean, **said})
+        assert done.stdout == f"{waits} False\n", done.stderr
+
+
+@linux_only
+def test_two_programs_at_once_do_not_wait_for_one_another():
+    """Many short parallel passes on all cores, while other programs compute on them: a few times as long, not a hundred times."""
+    code = "import time; from seresnet import runtime\ndef main():\n" \
+           "    import torch; x = torch.ones(200_000); x.add_(1); start = time.perf_counter()\n" \
+           "    for _ in range(100): x.add_(1)\n    print(time.perf_counter() - start)\nruntime.run_program(main)"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))}
+
+    def seconds(**said):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(runtime.available_cores())]
+        try:
+            return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**clean, **said}).stdout)
+        finally:
+            for program in busy:
+                program.kill()
+                program.wait()
+    if runtime.available_cores() < 2:
+        pytest.skip("one core: one thread")
+    assert seconds() < seconds(GOMP_SPINCOUNT="300000") / 2
+
+
 def test_seeds_do_not_overlap():
     seeds = {runtime.stream_seed(seed, stream, epoch) for seed in range(20) for stream in range(4) for epoch in range(20)}
     assert len(seeds) == 20 * 4 * 20
