@@ -79,7 +79,7 @@ def examine(data: Path) -> Iterator[Finding]:
     room = shutil.disk_usage(place).free / 2**30
     yield Finding("free disk", room >= 1 or None, f"{room:.1f} GiB at {place.resolve()}", "" if room >= 1 else "free some")
     if runtime.is_installed("numpy"):
-        yield from _data(data, sorted(data.glob("*.beton")))
+        yield from _data(data, sorted(file for file in data.glob("*") if file.suffix.lower() == ".beton"))
 
 
 def why_not_imported(package: str) -> str:
@@ -110,8 +110,8 @@ def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
         except MissingError:
             yield Finding("data", None, f"none in {data.resolve()}{hint(data)}", "make train CIFAR10_DIR=..., or python write_datasets.py "
                           "--config-file rn_configs/se94.yaml --sources.kind download")
-        except runtime.UserError as error:    # several sets, or one that may not be read
-            yield Finding("data", None, str(error), "give --sources.path the one that is meant")
+        except runtime.UserError as error:    # several sets, or one that may not be read: it says which
+            yield Finding("data", None, str(error))
 
 
 def main() -> int:

@@ -148,19 +148,19 @@ def main() -> None:
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
-    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint]")
+    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint, -2 behind it for another set of that name]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
     if options.batch_size < 0:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     net = trained.load(options.checkpoint, options.device)
     images, labels, text = read_labelled(options.data, net, options.split)
-    what = [Path(options.data).resolve().name.removesuffix(".beton"), *(["all"] if options.split == "all" else []),
+    place = Path(options.data).resolve()
+    what = [place.stem if place.suffix.lower() == ".beton" else place.name, *(["all"] if options.split == "all" else []),
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
-    place = str(Path(options.data).resolve())
     folder = Path(options.out) if options.out else net.path.parent / "evaluation" / "-".join(what)
     earlier, number = _earlier(folder / "evaluation.json"), 1
-    while not options.out and earlier.get("place", place) != place:    # another set of that name
+    while not options.out and earlier.get("place", str(place)) != str(place):    # another set of that name
         number += 1
         folder = folder.with_name(f"{'-'.join(what)}-{number}")
         earlier = _earlier(folder / "evaluation.json")
@@ -178,7 +178,7 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "place": place, "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
+    outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:

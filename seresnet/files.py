@@ -224,6 +224,7 @@ def in_small_letters(content: Mapping[object, T], where: str) -> dict[str, T]:
     small = {str(name).lower(): value for name, value in content.items()}
     if len(small) < len(content):
         twice = sorted(str(name) for name in content if sum(str(name).lower() == str(other).lower() for other in content) > 1)
+        twice.sort(key=str.lower)    # each beside the other
         raise SourceError(f"{where}: holds {' and '.join(twice[:2])}, which differ in capitals alone: rename one of them")
     return small
 

@@ -37,7 +37,7 @@ ALLOCATOR_TUNABLES = {
     "glibc.malloc.trim_threshold": str(1 << 40),    # never hand the top of the heap back
     "glibc.malloc.top_pad": str(1 << 28),           # grow the heap 256 MiB at a time
 }
-# GNU's OpenMP, which torch brings on Linux, has its threads look out 300,000 times, some ten milliseconds, for each other. Alone they seldom have
+# GNU's OpenMP, which torch brings on Linux, has its threads look out 300,000 times, some 16 ms, for each other. Alone they seldom have
 # to. Where another program computes on a core, the one that is waited for cannot run while the others look out: two trainings at once
 # took six times as long as with this number, which costs a training alone nothing (records/2026-11-27_waiting).
 SPINS = "5000"
@@ -221,7 +221,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
     129, 130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
-    wait_briefly()    # most programs load torch in `main`
+    wait_briefly()    # most programs load torch in `main`; preview and export, which have it by now, compute little
     for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -68,7 +68,7 @@ class Source:
         if self.kind in ("binary", "pickle"):
             return _set_at(self.kind, self.path)
         if self.kind in ("archive", "download"):
-            return next((name for name, known in SETS.items() if self.path.name in known.archives), "cifar10")
+            return next((name for name, known in SETS.items() if self.path.name.lower() in known.archives), "cifar10")
         return ""
 
     def how(self) -> dict[str, int | float | str]:
@@ -310,15 +310,19 @@ def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
 
 def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     """uint8 (count, H, W, 3) from `count` named images. Raises SourceError, naming the image, where one has another size."""
-    stacked = np.empty((0, 0, 0, 3), np.uint8)
+    stacked, problem = np.empty((0, 0, 0, 3), np.uint8), ""
     for i, (name, image) in enumerate(images):
         if i == 0:
             check_room(count * image.nbytes, SMALLER)
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
-            raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
-                              f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with --sources.image_size")
+            problem = (f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it {stacked.shape[2]} x {stacked.shape[1]}: "
+                       "bring all to one size with --sources.image_size")
+            break
         stacked[i] = image
+    if problem:
+        del images    # a bar of them ends before anything is said
+        raise SourceError(problem)
     return stacked
 
 

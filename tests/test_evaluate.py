@@ -170,6 +170,8 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     shutil.copytree(tmp_path / "set", tmp_path / "other/set")
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "other/set")
     assert status == 0 and str(folder / "evaluation/set-2") in output, errors
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "other/set")
+    assert status == 0 and str(folder / "evaluation/set-2") in output, "its own folder again"
     assert json.loads((folder / "evaluation/set/evaluation.json").read_text()) == told, "another set's of that name stays"
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "nowhere")
     assert status == 2 and "error: --data nowhere: does not exist" in errors

@@ -204,7 +204,7 @@ class Payload:
     ("x.npy", lambda path: np.save(path, IMAGES[0]), r"one image or several grey ones: .*one as images\[None\]"),
     ("x.npy", lambda path: np.save(path, IMAGES[0].transpose(2, 0, 1)), "one image or several grey ones"),
     ("x.npz", lambda path: foreign_member(path), "images in it is no array"),
-    ("x.npz", lambda path: np.savez(path, images=IMAGES, Images=IMAGES), "holds Images and images, which differ in capitals alone"),
+    ("x.npz", lambda path: np.savez(path, images=IMAGES, Images=IMAGES, IDS=IDS, ids=IDS), "holds (Images and images|IDS and ids), which differ in capitals alone"),
     ("x.npy", lambda path: np.save(path, np.zeros((2, 40, 40, 3), np.uint8)), "40 x 40 pixels, the net takes 32 x 32"),
     ("x.npy", lambda path: np.save(path, IMAGES[:0]), "holds no images"),
     ("x.npy", lambda path: np.save(path, np.array([{}], object)), "do not trust this file"),
