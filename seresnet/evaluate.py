@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +140,12 @@ def _earlier(evaluation: Path) -> dict:
         return {}
 
 
+def _own_folder(folder: Path, place: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... where no set of another place than `place` was evaluated."""
+    numbered = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
+    return next(path for path in numbered if _earlier(path / "evaluation.json").get("place", str(place)) == str(place))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m seresnet.evaluate", description="What a trained net does well and badly.")
@@ -148,7 +155,8 @@ def main() -> None:
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
-    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint, -2 behind it for another set of that name]")
+    parser.add_argument("--out", metavar="DIR", help="folder for figures and pictures [evaluation/<name of the data> beside the checkpoint, "
+                        "-2 behind it for another set of that name]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
     options = parser.parse_args(sys.argv[1:])
     if options.batch_size < 0:
@@ -158,13 +166,9 @@ def main() -> None:
     place = Path(options.data).resolve()
     what = [place.stem if place.suffix.lower() == ".beton" else place.name, *(["all"] if options.split == "all" else []),
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
-    folder = Path(options.out) if options.out else net.path.parent / "evaluation" / "-".join(what)
-    earlier, number = _earlier(folder / "evaluation.json"), 1
-    while not options.out and earlier.get("place", str(place)) != str(place):    # another set of that name
-        number += 1
-        folder = folder.with_name(f"{'-'.join(what)}-{number}")
-        earlier = _earlier(folder / "evaluation.json")
+    folder = Path(options.out) if options.out else _own_folder(net.path.parent / "evaluation" / "-".join(what), place)
     report.create_folder(folder)
+    earlier = _earlier(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
@@ -178,7 +182,8 @@ def main() -> None:
     if len(net.classes) <= 25:
         report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta, "seconds": seconds, **{
+    outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta,
+               "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:

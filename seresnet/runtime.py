@@ -231,6 +231,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
+        traceback.clear_frames(error.__traceback__)    # a progress bar that is open ends before anything is said
         status = _complain(error.problems, error.status)
     except NonFiniteLoss as error:
         status = _complain((str(error),), 3)

@@ -310,19 +310,15 @@ def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
 
 def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     """uint8 (count, H, W, 3) from `count` named images. Raises SourceError, naming the image, where one has another size."""
-    stacked, problem = np.empty((0, 0, 0, 3), np.uint8), ""
+    stacked = np.empty((0, 0, 0, 3), np.uint8)
     for i, (name, image) in enumerate(images):
         if i == 0:
             check_room(count * image.nbytes, SMALLER)
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
-            problem = (f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it {stacked.shape[2]} x {stacked.shape[1]}: "
-                       "bring all to one size with --sources.image_size")
-            break
+            raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
+                              f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with --sources.image_size")
         stacked[i] = image
-    if problem:
-        del images    # a bar of them ends before anything is said
-        raise SourceError(problem)
     return stacked
 
 
