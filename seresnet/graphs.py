@@ -1,7 +1,7 @@
 """A step's forward and backward pass recorded as a CUDA graph and replayed: one launch for hundreds of kernels."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -51,10 +51,7 @@ class Replays:
             own = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
             for parameter in self._parameters:
                 parameter.grad = None    # so that backward makes them, where the recording will fill them again
-            try:
-                replay, results = self._record(lambda: compute(*own))
-            except RuntimeError as error:    # also out of memory, which what ends a recording may have hidden
-                raise NotRecorded(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            replay, results = _recorded(self._record, lambda: compute(*own))
             self._recordings[key] = own, replay, results, [parameter.grad for parameter in self._parameters]
         own, replay, results, gradients = self._recordings[key]
         for kept, value in zip(own, inputs):
@@ -64,6 +61,48 @@ class Replays:
         for parameter, gradient in zip(self._parameters, gradients):
             parameter.grad = gradient
         return results
+
+
+class Repeats:
+    """Does what a function does to tensors where they lie, as an optimizer's update, from the second time on from a recording.
+
+    One call of `run` is the same as another where the tensors are at the same addresses, in the same layout, and `constants` are equal:
+    then the second records, and it and those that follow replay. Recordings keep none of the tensors.
+
+    Raises NotRecorded where `record` fails.
+    """
+
+    def __init__(self, record: Recorder):
+        self._record = record
+        self._seen: set[Hashable] = set()
+        self._replays: dict[Hashable, Callable[[], None]] = {}
+
+    @property
+    def recordings(self) -> int:
+        """How many there are."""
+        return len(self._replays)
+
+    def run(self, work: Callable[[], None], tensors: Iterable[torch.Tensor], constants: Hashable) -> None:
+        """Do `work`, which reads and changes `tensors` and what else always lies where it is, and depends on no number but `constants`."""
+        key = (tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors), constants)
+        if key in self._replays:
+            self._replays[key]()
+        elif key not in self._seen:
+            self._seen.add(key)
+            work()
+        else:
+            def without_results() -> Sequence[torch.Tensor]:
+                work()
+                return ()
+            self._replays[key], _ = _recorded(self._record, without_results)
+            self._replays[key]()
+
+
+def _recorded(record: Recorder, work: Callable[[], Sequence[torch.Tensor]]) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
+    try:
+        return record(work)
+    except RuntimeError as error:    # also out of memory, which what ends a recording may have hidden
+        raise NotRecorded(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 def cuda_graphs() -> Recorder:

@@ -198,6 +198,19 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
 
 
 @dataclass(frozen=True)
+class Program:
+    """What trains: `trainings` one after the other, over all of which what a program pays for once has to pay off, and of which this
+    one began `begun` seconds after its start."""
+
+    trainings: int = 1
+    begun: float = 0.0
+
+    def seconds(self) -> float:
+        """Since the training began; of the first, since the program did."""
+        return report.seconds_since_process_start() - self.begun
+
+
+@dataclass(frozen=True)
 class Session:
     """All that a training needs, set up and ready for the first step; closes its loaders when it is left."""
 
@@ -215,6 +228,7 @@ class Session:
     average: AveragedModel | None = None    # of the weights, with optim.ema_decay
     difficulty: Difficulty | None = None    # of the training images, with loop.hardest
     replays: Replays | None = None    # of the forward and backward pass, with run.cuda_graphs
+    program: Program = Program()
 
     @property
     def result(self) -> nn.Module:
@@ -249,8 +263,8 @@ class Session:
 
     @property
     def is_long(self) -> bool:
-        """Whether the run has so many steps, second passes counted, that cuDNN may try its algorithms first, and Triton be loaded."""
-        optim, steps = self.config.optim, self.first_step(self.config.loop.epochs)
+        """Whether the program has so many steps, second passes counted, that cuDNN may try its algorithms first, and Triton be loaded."""
+        optim, steps = self.config.optim, self.first_step(self.config.loop.epochs) * self.program.trainings
         return steps * optim.passes() > MANY_STEPS
 
     def batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
@@ -338,7 +352,8 @@ class Session:
                         dtype=self.dtype, device=self.device, gather=self.ranks.gather)
 
 
-def open_session(config: Config, device: torch.device, data: Data, model: SEResNet, ranks: Ranks = Ranks()) -> Session:
+def open_session(config: Config, device: torch.device, data: Data, model: SEResNet, ranks: Ranks = Ranks(),
+                 program: Program = Program()) -> Session:
     """Move the net to the device, set its whitening stem from training images, open the loaders, build the optimizer."""
     dtype = runtime.pick_dtype(config.run.precision, device)
     model = model.to(device)
@@ -354,14 +369,15 @@ def open_session(config: Config, device: torch.device, data: Data, model: SEResN
                                 drop_last=config.loader.drop_last, shares=config.loader.shares)
     test_batches = open_loader(data.test, batch_size=config.evaluate.batch_size * ranks.world, indices=data.test_indices,
                                shuffle=False, shares="fixed")
-    optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16)
+    record = cuda_graphs() if wants_graphs(config, device, ranks.world) else None
+    optimizer = build_optimizer(model, **optim, fused=dtype != torch.float16, record=record)
     if average:
         follow(average, model, optimizer)
     session = Session(config, data, device, dtype, model, optimizer,
                       torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), torch.Generator(device),
                       train_batches, test_batches, ranks, average,
                       Difficulty(data.train.samples, device, ranks.gather) if config.loop.hardest else None,
-                      Replays(model.parameters(), cuda_graphs()) if wants_graphs(config, device, ranks.world) else None)
+                      Replays(model.parameters(), record) if record else None, program)
     torch.backends.cudnn.benchmark = session.is_long
     compiled.use_triton(session.is_long)
     return session
@@ -381,10 +397,10 @@ def some_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
     return normalise(batch, data.train.mean, data.train.std, torch.float32)
 
 
-def fit(config: Config, command: Sequence[str]) -> dict:
+def fit(config: Config, command: Sequence[str], program: Program = Program()) -> dict:
     """Train the net of `config`, evaluate it, leave a run folder behind. Returns what its report.json holds.
 
-    command: the command line, for the run folder. With `run.resume` an earlier run goes on, in its own folder, as if it had
+    command: the command line, for the run folder. program: what this training is one of. With `run.resume` an earlier run goes on, in its own folder, as if it had
     never stopped. Raises UserError before anything is written where config, data and machine do not fit together;
     NonFiniteLoss where training diverged (`weights.pt` then holds the last good epoch); Interrupted after a signal, when
     `last.pt` holds all that is needed to go on.
@@ -413,7 +429,7 @@ def fit(config: Config, command: Sequence[str]) -> dict:
         if state is not None:
             config = replace(config, recipe=state["recipe"])
         with ranks.together(), memory_explained(config, device):
-            session = open_session(config, device, data, model, ranks)
+            session = open_session(config, device, data, model, ranks, program)
         with session, memory_explained(config, device):
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                            "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}
@@ -599,7 +615,7 @@ class Keeper:
             self.tally.go_on_from(state["tally"], of.rank, of.world)
         self.best, self.resumed = state["best"], state["resumed"] + 1
         self._earlier_total_seconds = state["total_seconds"]
-        self.startup_seconds = state["startup_seconds"] + report.seconds_since_process_start()
+        self.startup_seconds = state["startup_seconds"] + session.program.seconds()
         self._asked = 0
         self._booked = {lane: -value for lane, value in state["seconds"].items()}    # when the epoch began
 
@@ -642,7 +658,7 @@ class Keeper:
 
     def total_seconds(self) -> float:
         """Seconds of this process and of those that trained this run before."""
-        return self._earlier_total_seconds + report.seconds_since_process_start()
+        return self._earlier_total_seconds + self._session.program.seconds()
 
     def finish_epoch(self, result: Evaluation | None) -> None:
         """Save at the end of an epoch: the net, the net where it is the best so far, the whole state."""

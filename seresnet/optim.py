@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from seresnet.compiled import has_bf16
+from seresnet.graphs import Recorder, Repeats
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("onecycle", "cosine", "step", "constant")
@@ -48,7 +49,8 @@ def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float = 0.9, nesterov: bool = True,
                     betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0, decay: str = "weights",
                     decay_per: str = "rate", linear_lr_scale: float = 1.0, norm_bias_lr_scale: float = 1.0,
-                    se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85, fused: bool = True) -> torch.optim.Optimizer:
+                    se_lr_scale: float = 1.0, sgd_lr: float = 0.1, sgd_momentum: float = 0.85, fused: bool = True,
+                    record: Recorder | None = None) -> torch.optim.Optimizer:
     """SGD (with momentum, Nesterov's form by choice), AdamW or Muon over groups by kind.
 
     lr: peak learning rate of the weights; the head's weights, norm biases and SE take it times their scale. decay: `weights` decays
@@ -61,6 +63,7 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
     fused: SGD and AdamW in one kernel for all parameters. Not for a GradScaler: where it skips the first step, torch's fused
     SGD keeps a momentum that nothing has filled, and hooks behind a step are called for those that are skipped. On a CPU
     these kernels take gradients and buffers to lie in memory as their parameter does: autograd and torch's checkpoints keep it so.
+    record: Muon's update, of a hundred kernels and more, is replayed from recordings by it; SGD and AdamW have few, and do without.
     """
     scales = {"linear": linear_lr_scale, "norm_bias": norm_bias_lr_scale, "se": se_lr_scale}
     groups = []
@@ -79,7 +82,7 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, momentum: float =
     if name == "adamw":
         return _quick_to_start(torch.optim.AdamW)(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused, foreach=not fused)
     if name == "muon":
-        return Muon(groups, nesterov=nesterov)
+        return Muon(groups, nesterov=nesterov, record=record)
     raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
 
 
@@ -130,11 +133,15 @@ class Muon(torch.optim.Optimizer):
     the norm sqrt(C_out): behind a batch normalisation only its direction counts, so the learning rate alone sets the
     angle that a step turns it by. Orthogonal groups therefore know no weight decay. torch.optim.Muon takes matrices alone
     and orthogonalises them one by one; here all of one shape are one batched product.
+
+    record: replays the update from a recording where gradients lie where they have lain before, as those of a replayed step do.
     """
 
-    def __init__(self, groups: Sequence[dict], nesterov: bool = True):
+    def __init__(self, groups: Sequence[dict], nesterov: bool = True, record: Recorder | None = None):
         super().__init__(groups, dict(lr=0.1, peak_lr=0.1, momentum=0.6, weight_decay=0.0, orthogonal=False,
                                       nesterov=nesterov))
+        self.repeats = Repeats(record) if record else None
+        self._rates: torch.Tensor | None = None    # of the groups, where recordings read them
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -143,29 +150,54 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            gradients = [p.grad for p in weights]
-            if group["weight_decay"] and not group["orthogonal"]:
-                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        groups = [(group, weights) for group, weights in groups if weights]
+        for _, weights in groups:
             for p in weights:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in weights]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, gradients)
-            updates = buffers
-            if group["nesterov"]:
-                updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-            if group["orthogonal"]:
-                updates = _orthogonal_updates(updates)
-                norms = torch._foreach_norm(weights)
-                torch._foreach_div_(weights, torch._foreach_add(norms, 1e-12))
-                torch._foreach_mul_(weights, [len(p) ** 0.5 for p in weights])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        if self.repeats is None or not groups:
+            for group, weights in groups:
+                self._update(group, weights, group["lr"])
+        else:
+            self._repeat(groups)
         return loss
+
+    def _repeat(self, groups: Sequence[tuple[dict, list[torch.Tensor]]]) -> None:
+        """`_update` of all groups, in which a learning rate may differ from step to step, and nothing else that is no tensor."""
+        if self._rates is None:
+            self._rates = torch.zeros(len(self.param_groups), device=groups[0][1][0].device)
+        rates = self._rates.unbind()
+        for (group, _), rate in zip(groups, rates):
+            rate.fill_(group["lr"])
+
+        def work() -> None:
+            for (group, weights), rate in zip(groups, rates):
+                self._update(group, weights, rate)
+        tensors = [tensor for _, weights in groups for p in weights for tensor in (p, p.grad, self.state[p]["momentum_buffer"])]
+        self.repeats.run(work, tensors, tuple(tuple(group[name] for name in ("momentum", "weight_decay", "nesterov", "orthogonal"))
+                                              for group, _ in groups))
+
+    def _update(self, group: dict, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> None:
+        """Weights and momentum of a group, all of which have gradients; `rate` may be a tensor of no dimension."""
+        gradients = [p.grad for p in weights]
+        if group["weight_decay"] and not group["orthogonal"]:
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        buffers = [self.state[p]["momentum_buffer"] for p in weights]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        updates = buffers
+        if group["nesterov"]:
+            updates = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+        if group["orthogonal"]:
+            updates = _orthogonal_updates(updates)
+            norms = torch._foreach_norm(weights)
+            torch._foreach_div_(weights, torch._foreach_add(norms, 1e-12))
+            torch._foreach_mul_(weights, [len(p) ** 0.5 for p in weights])
+        if isinstance(rate, torch.Tensor):
+            torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
+        else:
+            torch._foreach_add_(weights, updates, alpha=-rate)
 
 
 def _orthogonal_updates(updates: Sequence[torch.Tensor]) -> list[torch.Tensor]:

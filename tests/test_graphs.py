@@ -1,5 +1,6 @@
 """Recordings of a step do what the step itself does. Those of a GPU are tested where there is one; what goes into them and comes out
 of them everywhere, by a recorder that computes again."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from torch import nn
 
 from seresnet import compiled, loop
 from seresnet.config import build
-from seresnet.graphs import Replays, cuda_graphs
+from seresnet.graphs import NotRecorded, Repeats, Replays, cuda_graphs
+from seresnet.optim import Muon
 from seresnet.runtime import UserError
 from test_loop import betons, folder_of, train, weights_hash    # noqa: F401 the first is a fixture
 
@@ -123,6 +125,83 @@ def test_an_argument_is_copied_not_kept():
         net.zero_grad(set_to_none=True)
 
 
+def doing_again(log):
+    """A recorder of what changes tensors in place: as a CUDA graph, it changes nothing when it records."""
+    def record(work):
+        before = [(tensor, tensor.clone()) for tensor in log["tensors"]()]
+        results = work()
+        for tensor, value in before:
+            tensor.copy_(value)
+        log["recordings"] = log.get("recordings", 0) + 1
+
+        def replay():
+            log["replays"] = log.get("replays", 0) + 1
+            work()
+        return replay, results
+    return record
+
+
+def test_what_is_done_in_place_is_repeated_where_the_tensors_lie_as_before():
+    x, other, log = torch.zeros(2, 3), torch.zeros(2, 3), {"tensors": lambda: [x, other]}
+    repeats = Repeats(doing_again(log))
+    for number, (tensor, constant) in enumerate([(x, 1), (x, 1), (other, 1), (x, 2), (x, 1), (x, 2), (x, 2), (x.t(), 1), (x.t(), 1)]):
+        before = tensor.clone()
+        repeats.run(lambda to=tensor, by=constant: to.add_(by), [tensor], constant)
+        assert torch.equal(tensor, before + constant), number
+    assert repeats.recordings == log["recordings"] == 3 and log["replays"] == 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_recorded_update_of_muon_is_the_update_itself(device, nesterov):
+    """Two sets of gradients, at addresses of their own each, and a learning rate that falls."""
+    outcomes, logs = [], []
+    for recorded in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in ((8, 4, 3, 3), (8, 4, 3, 3), (5, 8), (5,))]
+        places = [[torch.empty_like(p) for p in weights] for _ in range(2)]
+        log = {"tensors": lambda: [*(p.data for p in weights), *(state["momentum_buffer"] for state in optimizer.state.values())]}
+        record = (doing_again(log) if device == "cpu" else cuda_graphs()) if recorded else None
+        optimizer = Muon([dict(params=weights[:2], orthogonal=True), dict(params=weights[2:], weight_decay=0.1)], nesterov=nesterov, record=record)
+        for step in range(9):
+            for p, gradient in zip(weights, places[step % 3 == 2]):
+                p.grad = gradient.copy_(torch.randn(p.shape, generator=generator))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * (1 - step / 9)
+            optimizer.step()
+        outcomes.append([tensor.detach().clone() for tensor in log["tensors"]()])
+        logs.append(log)
+    for one, other in zip(*outcomes):
+        torch.testing.assert_close(one, other, rtol=1e-3 if device == "cuda" else 1e-5, atol=1e-3 if device == "cuda" else 1e-6)
+    assert optimizer.repeats.recordings == 2 and (device != "cpu" or logs[1]["replays"] == 9 - 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)    # momentum lies elsewhere now: recordings of the old places are not for it
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.repeats.recordings == 3
+
+
+def test_a_parameter_without_a_gradient_is_left_alone_by_a_recorded_update():
+    weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    log = {"tensors": lambda: [p.data for p in weights]}
+    optimizer = Muon([dict(params=weights, lr=0.5, momentum=0.0)], record=doing_again(log))
+    optimizer.step()
+    for step in range(1, 5):
+        weights[0].grad = torch.ones(3) if step == 1 else weights[0].grad
+        optimizer.step()
+        assert torch.equal(weights[0].detach(), torch.ones(3) - 0.5 * step) and torch.equal(weights[1].detach(), torch.ones(3))
+    assert optimizer.repeats.recordings == 1
+
+
+def test_an_update_that_cannot_be_recorded_says_why():
+    def record(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    repeats, x = Repeats(record), torch.zeros(2)
+    repeats.run(lambda: None, [x], 0)
+    with pytest.raises(NotRecorded, match="^RuntimeError: operation not permitted when stream is capturing$"):
+        repeats.run(lambda: None, [x], 0)
+
+
 TWO_SHAPES = {"model__channels": [16, 32], "augment__sides": [12, 16], "optim__name": "muon", "loop__epochs": 4}    # of batches
 
 
@@ -131,20 +210,31 @@ TWO_SHAPES = {"model__channels": [16, 32], "augment__sides": [12, 16], "optim__n
                                      {"optim__sam_radius": 0.1, "optim__sam_from": 0.4, "optim__sam_share": 0.5},
                                      {"loader__drop_last": False, "optim__name": "sgd"}], ids=lambda changes: ", ".join(changes) or "plain")
 def test_a_training_with_recordings_has_the_same_weights(betons, tmp_path, monkeypatch, changes):
-    log, whole = {"replays": 0}, loop.open_session
+    log, whole, updates = {"replays": 0}, loop.open_session, {}
+
+    def with_updates(*arguments):
+        """Muon's by the arithmetic of recordings, which rounds otherwise."""
+        session = whole(*arguments)
+        if isinstance(session.optimizer, Muon):
+            updates["tensors"] = lambda: [*session.model.state_dict().values(),
+                                          *(state["momentum_buffer"] for state in session.optimizer.state.values())]
+            session.optimizer.repeats = Repeats(doing_again(updates))
+        return session
 
     def with_recordings(*arguments):
-        session = whole(*arguments)
+        session = with_updates(*arguments)
+        updates.update(replays=0)
         log.update(parameters=list(session.model.parameters()), buffers=list(session.model.buffers()))
         return replace(session, replays=Replays(session.model.parameters(), computing_again(log)))
+    monkeypatch.setattr(loop, "open_session", with_updates)
     outcomes = [train(betons, tmp_path / "plain", **{**TWO_SHAPES, **changes})]
     monkeypatch.setattr(loop, "open_session", with_recordings)
     outcomes.append(train(betons, tmp_path / "recorded", **{**TWO_SHAPES, **changes}))
     assert outcomes[0]["loss"] == outcomes[1]["loss"] and outcomes[0]["accuracy"] == outcomes[1]["accuracy"] > 0.6
     one, other = (weights_hash(folder_of(tmp_path / name)) for name in ("plain", "recorded"))
-    assert one == other and log["replays"] > 20
+    assert one == other and log["replays"] > 20 and ("optim__name" in changes or updates["replays"] > 20)
     if "optim__sam_radius" in changes:
-        monkeypatch.setattr(loop, "open_session", whole)
+        monkeypatch.setattr(loop, "open_session", with_updates)
         for other in ({"optim__sam_radius": 0.0}, {"optim__sam_from": 0.8}, {"optim__sam_share": 0.9}):
             train(betons, tmp_path / str(other), **{**TWO_SHAPES, **changes, **other})
             assert weights_hash(folder_of(tmp_path / str(other))) != one
@@ -167,6 +257,8 @@ def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypat
     assert outcomes[0]["loss"] == pytest.approx(outcomes[1]["loss"], abs=0.03)
     assert outcomes[0]["accuracy"] > 0.8
     assert sessions[0].replays.recordings == 2 and sessions[1].replays is None    # one for crops, one for whole images
+    if "optim__name" not in changes:    # Muon
+        assert sessions[0].optimizer.repeats.recordings == (0 if "fp16" in changes.values() else 2) and sessions[1].optimizer.repeats is None
 
 
 @pytest.mark.parametrize("device, processes, changes, wanted", [
