@@ -1,7 +1,8 @@
 """Accuracy and time of a recipe over seeds: python -m benchmarks.time_to_accuracy --config-file rn_configs/se94.yaml --seeds 5 --out DIR
 
 Every seed is a program of its own, started as a user starts it, one after the other: `seconds` are those between its start and
-its end, imports and compilation included. Each leaves its run folder in DIR/<recipe>/seed-N. Called again, the series
+its end, imports and compilation included. With --one-program this program trains them all: it pays for its start once, in the first of
+them, as the scripts do whose authors leave out a first run. Each leaves its run folder in DIR/<recipe>/seed-N. Called again, the series
 goes on where it was interrupted, inside a run if need be; runs of another config are refused, not mixed in, and those of another commit are named.
 The seeds start at --first-seed: take seeds that were not used for tuning.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -112,7 +114,38 @@ class Trainings:
             raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", self._stopped)
 
 
-def run_seed(trainings: Trainings, settings: config.Config, seed: int, folder: Path) -> dict:
+class OneProgram:
+    """Trains in this program, one training after the other, `count` at most: as `Trainings`, without a start of a program each."""
+
+    def __init__(self, settings: config.Config, count: int):
+        if settings.run.tune_allocator:
+            runtime.tune_allocator(settings.run.device)    # before torch is loaded: it may start the program again
+        self._count, self._trained = count, 0
+
+    def __enter__(self) -> OneProgram:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def run(self, arguments: Sequence[str], folder: Path) -> None:
+        """As Trainings.run. Raises as loop.fit does, Interrupted with the series' way on."""
+        from seresnet.loop import Program, fit
+        started = time.perf_counter()
+        settings, _ = config.parse(list(arguments), argparse.ArgumentParser())
+        begun = report.seconds_since_process_start() if self._trained else 0.0
+        try:
+            fit(settings, sys.argv, Program(self._count, begun))
+        except runtime.Interrupted as stopped:
+            raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", stopped.status - 128) from stopped
+        gc.collect()    # a session's cycles hold what its steps are recorded in, on a GPU its memory
+        report.write_text(folder / "series.json", json.dumps({
+            "seconds": time.perf_counter() - started if self._trained else report.seconds_since_process_start(), "jobs": 1,
+            "before_in_program": self._trained}) + "\n")
+        self._trained += 1
+
+
+def run_seed(trainings: Trainings | OneProgram, settings: config.Config, seed: int, folder: Path) -> dict:
     """The report of the run of `seed` in `folder`: read where it has ended, gone on with where it was stopped, else started.
 
     Raises UserError where the folder holds a run of another config, or the program fails.
@@ -143,14 +176,14 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
 
 def read_report(folder: Path) -> dict:
     """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece, or beside
-    others."""
+    others. `before_in_program`: how many trainings its program had done before, None where it had a program of its own."""
     outcome = report.read_report(folder)
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     machine = [environment, *environment.get("resumed", [])][-1].get("machine", environment["machine"])    # that of its end
     processor = machine.get("gpu", "a GPU") if outcome["run_device"].startswith("cuda") else machine["processor"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
     return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
-            "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
+            "before_in_program": noted.get("before_in_program"), "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
@@ -202,6 +235,9 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
     if len({run["commit"] for run in runs}) > 1:
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
+    if any(run["before_in_program"] is not None for run in runs):
+        lines.append("several in one program, which pays for its start in the first: seed "
+                     + ", ".join(str(run["seed"]) for run in runs if run["before_in_program"] == 0))
     lines.append("on " + ", ".join(sorted({run["machine"] for run in runs})))
     medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
     lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
@@ -214,6 +250,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=100, help="seed of the first; the others follow it (default 100)")
     parser.add_argument("--target", type=float, help="accuracy with TTA, a fraction such as 0.94, that is to be reached")
     parser.add_argument("--out", default="series", help="folder for the run folders and <recipe>.json (default series)")
+    parser.add_argument("--one-program", action="store_true", help="train all in this program, which pays for its start once")
     settings, own = config.parse(sys.argv[1:], parser)
     problems = problems_with(own, seeds=1, first_seed=0)
     if own.target is not None and not 0 < own.target < 1:
@@ -225,7 +262,7 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     runs = []
-    with Trainings() as trainings:
+    with OneProgram(settings, own.seeds) if own.one_program else Trainings() as trainings:
         for seed in range(own.first_seed, own.first_seed + own.seeds):
             run = run_seed(trainings, settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
             runs.append(run)
@@ -233,7 +270,7 @@ def main() -> None:
                   f"{run['eval_seconds']:.1f} s of evaluation", flush=True)
     figures = accuracy_figures([run["accuracy_tta"] for run in runs], own.target)
     print("\n" + tables(runs, figures, own.target))
-    names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "images_per_second", "resumed", "commit")
+    names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit")
     keep(own.out, settings.recipe, settings.recipe, {
         "target": own.target, "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
         "median_seconds": {part: statistics.median(run[part] for run in runs) for part in PARTS},

@@ -72,6 +72,35 @@ def test_a_series_runs_tells_and_goes_on_where_it_was(series, monkeypatch, capsy
     assert f"on {machine.get('gpu', machine['processor'])} ({machine['cores']} cores)\n" in output, "one machine, named once"
 
 
+def test_a_series_in_one_program_trains_the_same_nets(series, monkeypatch, capsys):
+    arguments, out = series
+    monkeypatch.setattr(sys, "argv", arguments)
+    time_to_accuracy.main()    # of programs of their own, where the test above has not done so
+    monkeypatch.setattr(sys, "argv", [*(f"{out}-together" if word == str(out) else word for word in arguments), "--one-program",
+                                      "--run.tune_allocator", "false"])
+    monkeypatch.setattr(time_to_accuracy.Trainings, "run", lambda *_: pytest.fail("a program of its own"))
+    time_to_accuracy.main()
+    apart, together = (json.loads((folder / "colours.json").read_text())["runs"] for folder in (out, Path(f"{out}-together")))
+    for one, other in zip(apart, together):
+        assert one["accuracy_tta"] == other["accuracy_tta"] and one["before_in_program"] is None
+        nets = [torch.load(folder / f"colours/seed-{one['seed']}/weights.pt")["model"] for folder in (out, Path(f"{out}-together"))]
+        assert nets[0].keys() == nets[1].keys() and all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+    assert [run["before_in_program"] for run in together] == [0, 1]
+    assert together[1]["total_seconds"] <= together[1]["seconds"] < together[0]["seconds"], "the second did not begin with the program"
+    assert "pays for its start in the first: seed 100\n" in capsys.readouterr().out
+
+
+def test_a_series_in_one_program_that_is_stopped_says_how_it_goes_on(series, monkeypatch, tmp_path):
+    def stopped(settings, command, program):
+        raise runtime.Interrupted("stopped in epoch 1: go on with --run.resume x", signal.SIGTERM)
+    monkeypatch.setattr("seresnet.loop.fit", stopped)
+    monkeypatch.setattr(sys, "argv", [*(str(tmp_path) if word == str(series[1]) else word for word in series[0]), "--one-program",
+                                      "--run.tune_allocator", "false"])
+    with pytest.raises(runtime.Interrupted, match="seed-100: start this again, it goes on where it was") as caught:
+        time_to_accuracy.main()
+    assert caught.value.status == 128 + signal.SIGTERM
+
+
 def test_runs_of_another_config_are_not_mixed_in(series, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*series[0], "--optim.lr", "0.2"])
     with pytest.raises(runtime.UserError, match="optim.lr: 0.1 there, 0.2 here"):
