@@ -11,6 +11,7 @@ import triton
 from triton import language as tl
 
 PIXELS, CHANNELS = 64, 32    # at a time: 64 bytes of a bfloat16 pixel, two sectors of memory, and no waste with 96 or 288 channels
+FEW = 8                      # channels at a time where there are only sums to add up: more programs, each of a shorter way
 ROWS = 512                   # parts in which sums over the batch are taken, where no images have sums of their own
 COUNTS = ["rows", "images", "size", "count", "height", "width"]    # no code of its own for each value of these
 
@@ -223,7 +224,7 @@ def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.T
     """As compiled.statistics."""
     mean, deviation, a, d = torch.empty(4, total.shape[1], dtype=torch.float32, device=total.device)
     _run(_statistics, PIXELS, len(mean), total, squares, pivot, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-         norm.num_batches_tracked, mean, deviation, a, d, len(total), count, len(mean), norm.momentum, norm.eps, ROWS=256)
+         norm.num_batches_tracked, mean, deviation, a, d, len(total), count, len(mean), norm.momentum, norm.eps, ROWS=512, CHANNELS=FEW)
     return mean, deviation, a, d
 
 
@@ -245,7 +246,8 @@ def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, produc
 def gradient_statistics(total, product, weight, mean, deviation, count: int) -> tuple[torch.Tensor, ...]:
     """As compiled.gradient_statistics."""
     results = torch.empty(4, len(mean), dtype=torch.float32, device=mean.device)
-    _run(_gradient_statistics, PIXELS, len(mean), total, product, weight, mean, deviation, *results, len(total), count, len(mean), ROWS=256)
+    _run(_gradient_statistics, PIXELS, len(mean), total, product, weight, mean, deviation, *results, len(total), count, len(mean), ROWS=512,
+         CHANNELS=FEW)
     return tuple(results)
 
 
@@ -262,7 +264,7 @@ def _per_image(a: torch.Tensor) -> int:
     return a.shape[1] if len(a) > 1 else 0
 
 
-def _run(kernel, pixels: int, channels: int, *arguments, **constants) -> None:
+def _run(kernel, pixels: int, channels: int, *arguments, CHANNELS: int = CHANNELS, **constants) -> None:
     """One program for each PIXELS x CHANNELS, on the device of the arguments."""
     programs = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, CHANNELS)
     if programs:
