@@ -154,8 +154,8 @@ def train_epoch(model: nn.Module, batches: Iterable, *, augment: Callable, loss:
                 ascend: Callable[[int], AbstractContextManager | None] = lambda step: None, ascend_share: float = 1.0,
                 note: Callable[[torch.Tensor, Batch], None] = lambda logits, batch: None,
                 after_step: Callable[[int, Tally], None] = lambda step, tally: None) -> Totals:
-    """One pass over `batches` (of loader.Batch). No step waits for the device but the first, which makes the constants, one that is
-    recorded, and with float16 its scaler, which asks whether the gradients are finite; the totals are read once.
+    """One pass over `batches` (of loader.Batch). No step waits until the device has nothing to do, but the first, which makes the constants, one
+    that is recorded, and with float16 its scaler, which asks whether the gradients are finite; the totals are read once.
 
     augment(batch, step) -> normalised images; loss(logits, labels) -> scalar; clip() clips the gradients in place;
     learning_rate(step) -> share of the peak for the run's step, of which `first_step` is that of the first batch.
@@ -400,8 +400,8 @@ def some_images(data: Data, count: int, device: torch.device) -> torch.Tensor:
 def fit(config: Config, command: Sequence[str], program: Program = Program()) -> dict:
     """Train the net of `config`, evaluate it, leave a run folder behind. Returns what its report.json holds.
 
-    command: the command line, for the run folder. program: what this training is one of. With `run.resume` an earlier run goes on, in its own folder, as if it had
-    never stopped. Raises UserError before anything is written where config, data and machine do not fit together;
+    command: the command line, for the run folder. program: what this training is one of. With `run.resume` an earlier run goes on, in its
+    own folder, as if it had never stopped. Raises UserError before anything is written where config, data and machine do not fit together;
     NonFiniteLoss where training diverged (`weights.pt` then holds the last good epoch); Interrupted after a signal, when
     `last.pt` holds all that is needed to go on.
     """
@@ -483,6 +483,10 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
                 "pixels", f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller "
                 f"--model.channels, {'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream"):
             yield
+    except torch.AcceleratorError as error:    # the device, or its driver: nothing more can be done there by this process
+        raise runtime.UserError(
+            f"{str(error).partition(chr(10))[0]}: the device has failed, and this program can do no more with it. What the run folder holds is "
+            "whole: go on with --run.resume FOLDER, which begins behind the last epoch; should it come again, with --run.cuda_graphs false") from error
     except NotRecorded as error:
         raise runtime.UserError(f"run.cuda_graphs: a step could not be recorded ({error}): --run.cuda_graphs false does without; where "
                                 f"memory was short, --loader.batch_size {max(1, size // 2)} may help") from error

@@ -2,6 +2,7 @@
 of them everywhere, by a recorder that computes again."""
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from seresnet import compiled, loop
 from seresnet.config import build
-from seresnet.graphs import NotRecorded, Repeats, Replays, cuda_graphs
+from seresnet.graphs import NotRecorded, Repeats, Replays, cuda_graphs, few_ahead
 from seresnet.optim import Muon
 from seresnet.runtime import UserError
 from test_loop import betons, folder_of, train, weights_hash    # noqa: F401 the first is a fixture
@@ -258,7 +259,35 @@ def test_a_training_on_a_gpu_is_the_same_with_graphs(betons, tmp_path, monkeypat
     assert outcomes[0]["accuracy"] > 0.8
     assert sessions[0].replays.recordings == 2 and sessions[1].replays is None    # one for crops, one for whole images
     if "optim__name" not in changes:    # Muon
-        assert sessions[0].optimizer.repeats.recordings == (0 if "fp16" in changes.values() else 2) and sessions[1].optimizer.repeats is None
+        assert sessions[0].optimizer.repeats.recordings == 2 and sessions[1].optimizer.repeats is None
+
+
+def test_few_replays_wait_for_the_device():
+    """Of a device that does nothing until it is waited for, and then all up to there."""
+    done, asked, waits = [], [], []
+
+    class Event:
+        def record(self):
+            self.behind = len(asked)
+
+        def synchronize(self):
+            waits.append(len(asked) - self.behind)
+            done[:] = asked[:max(len(done), self.behind)]
+    replay = few_ahead(lambda: asked.append(len(asked)), [Event(), Event()])
+    for count in range(1, 8):
+        replay()
+        assert len(asked) == count and len(asked) - len(done) <= 2
+    assert waits == [1] * 5, "it waits for the oldest alone: the other is at work meanwhile"
+
+
+def test_a_device_that_fails_is_told_with_the_way_on(betons, tmp_path, monkeypatch):
+    whole = loop.open_session
+
+    def fails(*_):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure'")
+    monkeypatch.setattr(loop, "open_session", lambda *arguments: replace(whole(*arguments), replays=SimpleNamespace(of=lambda _: fails)))
+    with pytest.raises(UserError, match="^CUDA error: unspecified launch failure: the device has failed.* --run.resume FOLDER"):
+        train(betons, tmp_path)
 
 
 @pytest.mark.parametrize("device, processes, changes, wanted", [
