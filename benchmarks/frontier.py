@@ -78,14 +78,20 @@ def their_points(anchors: Sequence[Mapping], peers: Mapping[str, Mapping], rate:
     return points
 
 
-def table(points: Sequence[Mapping]) -> str:
-    """All points as Markdown, by accuracy."""
-    def minutes(point: Mapping) -> str:
-        return "-" if point["seconds"] is None else f"{point['seconds'] / 60:.1f}" + ("" if point["measured"] else " (reckoned)")
-    rows = [(point["name"] if not point["ours"] else f"**{point['name']}**", f"{point['accuracy']:.2%}", minutes(point),
+def unit_of(points: Sequence[Mapping]) -> str:
+    """What to count in: seconds where the first series' training takes less than half a minute, as on a GPU, else minutes."""
+    return "seconds" if points[0]["seconds"] < 30 else "minutes"
+
+
+def table(points: Sequence[Mapping], unit: str) -> str:
+    """All points as Markdown, by accuracy, their times in minutes or seconds."""
+    def time(point: Mapping) -> str:
+        scale = 60 if unit == "minutes" else 1
+        return "-" if point["seconds"] is None else f"{point['seconds'] / scale:.1f}" + ("" if point["measured"] else " (reckoned)")
+    rows = [(point["name"] if not point["ours"] else f"**{point['name']}**", f"{point['accuracy']:.2%}", time(point),
              f"{point['pflop']:.2f}" if point["pflop"] else "-", point["note"])
             for point in sorted(points, key=lambda point: point["accuracy"])]
-    return report.table(("training", "accuracy", "minutes here", "PFLOP", "n, or as published"), rows)
+    return report.table(("training", "accuracy", f"{unit} here", "PFLOP", "n, or as published"), rows)
 
 
 def main() -> None:
@@ -103,11 +109,11 @@ def main() -> None:
         report.check_picture(own.picture)
     ours = our_points(own.series)
     points = ours + their_points(yaml.safe_load(ANCHORS.read_text(encoding="utf-8")), peers, ours[0]["rate"])
-    print(table(points))
+    print(table(points, unit_of(points)))
     print(f"\nreckoned: PFLOP at the {ours[0]['rate'] / 1e12:.3f} TFLOP/s of {ours[0]['name']}'s training")
     if own.picture:
         from seresnet.pictures import draw_frontier
-        draw_frontier(points, Path(own.picture))
+        draw_frontier(points, Path(own.picture), unit_of(points))
 
 
 if __name__ == "__main__":

@@ -118,31 +118,34 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
 
 
 @_drawing
-def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
-    """Accuracy over minutes, on a logarithmic axis: our series with their seeds, others' trainings beside them.
+def draw_frontier(points: Sequence[Mapping], path: Path, unit: str = "minutes") -> None:
+    """Accuracy over minutes, or seconds, on a logarithmic axis: our series with their seeds, others' trainings beside them.
 
     points: `name`, `accuracy` (fraction, the mean), `accuracies` (of the seeds), `seconds` (None: left out), `ours`, `measured` (else drawn hollow) each.
     """
     from matplotlib.ticker import FuncFormatter, PercentFormatter
     figure = _figure(8.5, 4.8)
     axes = figure.subplots()
+    scale = {"minutes": 60, "seconds": 1}[unit]
     shown = [point for point in points if point["seconds"] is not None]
     for point in shown:
-        minutes, mean = point["seconds"] / 60, point["accuracy"]
+        time, mean = point["seconds"] / scale, point["accuracy"]
         colour, marker = (COLOURS[0], "o") if point["ours"] else ("#777777", "D")
-        axes.plot([minutes], [mean], marker, color=colour, markersize=8, markerfacecolor=colour if point["measured"] else "none", zorder=3)
+        axes.plot([time], [mean], marker, color=colour, markersize=8, markerfacecolor=colour if point["measured"] else "none", zorder=3)
         if len(point["accuracies"]) > 1:
-            axes.plot([minutes] * len(point["accuracies"]), point["accuracies"], "_", color=colour, markersize=9)
-        crowded = any(1 < other["seconds"] / point["seconds"] < 3 and abs(other["accuracy"] - mean) < 0.001 for other in shown)
-        axes.annotate(point["name"], (minutes, mean), (-7 if crowded else 7, -3), textcoords="offset points", fontsize=8.5, color=colour,
-                      ha="right" if crowded else "left", weight="bold" if point["ours"] else "normal")
+            axes.plot([time] * len(point["accuracies"]), point["accuracies"], "_", color=colour, markersize=9)
+        crowded = any(1 < other["seconds"] / point["seconds"] < 3 and abs(other["accuracy"] - mean) < 0.0015 for other in shown)
+        leftmost = point["seconds"] == min(other["seconds"] for other in shown)    # on its left are the axis and its figures
+        place, side = ((0, -16), "center") if crowded and leftmost else ((-7, -3), "right") if crowded else ((7, -3), "left")
+        axes.annotate(point["name"], (time, mean), place, textcoords="offset points", fontsize=8.5, color=colour, ha=side,
+                      weight="bold" if point["ours"] else "normal")
     for ours, measured, text in ((True, True, "ours, mean (dashes: seeds)"), (False, True, "others, run on the same machine"),
                                  (False, False, "others, published accuracy at our arithmetic rate")):
         if any((point["ours"], point["measured"]) == (ours, measured) for point in shown):
             colour = COLOURS[0] if ours else "#777777"
             axes.plot([], [], "o" if ours else "D", color=colour, markersize=7, markerfacecolor=colour if measured else "none", label=text)
     axes.set_xscale("log")
-    low, high = (limit(point["seconds"] / 60 for point in shown) for limit in (min, max))
+    low, high = (limit(point["seconds"] / scale for point in shown) for limit in (min, max))
     axes.set_xlim(low / 1.6, high * 2.6)    # room for the names on the right
     ticks = [m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low / 1.6 <= m <= high * 2.6]
     axes.set_xticks(ticks or [low], minor=False)
@@ -150,7 +153,7 @@ def draw_frontier(points: Sequence[Mapping], path: Path) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.margins(y=0.12)
-    axes.set_xlabel("training and evaluation; hollow: training alone (minutes, logarithmic)")
+    axes.set_xlabel(f"training and evaluation; hollow: training alone ({unit}, logarithmic)")
     axes.set_ylabel("test accuracy, with each one's TTA")
     axes.grid(alpha=0.3)
     _bare(axes)

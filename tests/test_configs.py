@@ -13,7 +13,8 @@ from seresnet.optim import build_optimizer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "rn_configs").glob("*.yaml"), key=lambda path: path.stem)
-PARAMETERS = {"digits": None, "own_images": None, "resnet18": 11_173_962, "se94": 1_990_276, "se95": 4_197_738, "se96": 3_891_748, "shift": 1_990_276,
+PARAMETERS = {"digits": None, "own_images": None, "resnet18": 11_173_962, "se94": 1_990_276, "se95": 4_197_738, "se96": 3_891_748,
+              "se_best": 3_891_748, "shift": 1_990_276,
               **dict.fromkeys(("seed_16", "seed_24", "seed_40", "seed_200"), 4_697_742)}
 
 
