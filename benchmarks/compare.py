@@ -4,7 +4,8 @@ The recipe as it is and with the options of each --variant are trained with the 
 seed's first weights and order of the images are worth cancels in part. They are judged on a holdout of the training images, so that the
 test set stays fresh for the one that is chosen; --on-test is for an ablation, by which nothing is chosen. Each run is a program of
 its own in OUT/<recipe>/<variant>/seed-N. Called again, the comparison goes on where it was interrupted; more seeds or variants may be asked for then.
-Several --jobs at a time fill a GPU; the table then leaves out their seconds, which are none to compare.
+Several --jobs at a time fill a GPU; the table then leaves out their seconds, which are none to compare. With --one-program this program trains
+them all, one after the other, and pays for its start once, which on a GPU takes longer than a short training.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with
-from benchmarks.time_to_accuracy import Trainings, accuracy_figures, arguments_of, names_seed, read_report
+from benchmarks.time_to_accuracy import OneProgram, Trainings, accuracy_figures, arguments_of, names_seed, read_report
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -37,6 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default 3)")
     parser.add_argument("--first-seed", type=int, default=10, help="seed of the first; the others follow it (default 10)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
+    parser.add_argument("--one-program", action="store_true", help="train all in this program, which pays for its start once")
     parser.add_argument("--on-test", action="store_true", help="judge on the test split, when nothing is chosen by it")
     parser.add_argument("--out", default="comparison", help="folder for the run folders and <recipe>.json (default comparison)")
     return parser
@@ -48,6 +50,8 @@ def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse
     split = ["--evaluate.split", "test" if "--on-test" in argv else "holdout"]
     base, own = config.parse([*argv, *split], arguments())
     problems = problems_with(own, seeds=1, first_seed=0, jobs=1)
+    if own.one_program and own.jobs > 1:
+        problems.append(f"--jobs: got {own.jobs} with --one-program, which trains one after the other: leave one of them out")
     if base.run.folder or base.run.resume:
         problems.append("run.folder, run.resume: the comparison gives each run a folder of its own: leave them out")
     if names_seed(argv):
@@ -97,18 +101,36 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
         running = {pool.submit(trainings.run, arguments, folder, jobs): folder for arguments, folder in todo}
         try:
             for future in as_completed(running):
-                folder, error = running[future], future.exception()
-                if error is None:
-                    outcome = read_report(folder)
-                    seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
-                    print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
-                elif isinstance(error, runtime.UserError):
-                    failed.append(f"{folder.parent.name}, {error}")
-                else:
-                    raise error
+                tell(running[future], future.exception(), failed)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)    # those that have not begun; the others are waited for
     return failed
+
+
+def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config) -> list[str]:
+    """As `run_all`, one after the other in this program."""
+    failed: list[str] = []
+    with OneProgram(settings, len(todo)) as trainings:
+        for arguments, folder in todo:
+            error = None
+            try:
+                trainings.run(arguments, folder)
+            except runtime.UserError as raised:
+                error = raised
+            tell(folder, error, failed)
+    return failed
+
+
+def tell(folder: Path, error: BaseException | None, failed: list[str]) -> None:
+    """Print what a training has reached, or note that it failed. Raises what is no failure of a training."""
+    if error is None:
+        outcome = read_report(folder)
+        seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
+        print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
+    elif isinstance(error, runtime.UserError):
+        failed.append(f"{folder.parent.name}, {error}")
+    else:
+        raise error
 
 
 def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
@@ -169,7 +191,8 @@ def main() -> None:
     places = {(name, seed): Path(own.out) / recipe / folder_name(name) / f"seed-{seed}"
               for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
     prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
-    failed = run_all([(arguments, folder) for arguments, folder in prepared if arguments], own.jobs)
+    todo = [(arguments, folder) for arguments, folder in prepared if arguments]
+    failed = run_here(todo, variants[AS_IT_IS]) if own.one_program else run_all(todo, own.jobs)
     runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
     for (name, seed), folder in places.items():
         if (folder / "report.json").exists():

@@ -129,7 +129,7 @@ class OneProgram:
         pass
 
     def run(self, arguments: Sequence[str], folder: Path) -> None:
-        """As Trainings.run. Raises as loop.fit does, Interrupted with the series' way on."""
+        """As Trainings.run: raises UserError where it fails, runtime.Interrupted where it was stopped."""
         from seresnet.loop import Program, fit
         started = time.perf_counter()
         settings, _ = config.parse(list(arguments), argparse.ArgumentParser())
@@ -138,7 +138,11 @@ class OneProgram:
             fit(settings, sys.argv, Program(self._count, begun))
         except runtime.Interrupted as stopped:
             raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", stopped.status - 128) from stopped
-        gc.collect()    # a session's cycles hold what its steps are recorded in, on a GPU its memory
+        except (runtime.UserError, runtime.NonFiniteLoss) as error:
+            raise runtime.UserError(f"{folder.name.replace('-', ' ')}: {error}: what has ended is kept: start this again, it goes on "
+                                    "where it was") from error
+        finally:
+            gc.collect()    # a session's cycles hold what its steps are recorded in, on a GPU its memory
         report.write_text(folder / "series.json", json.dumps({
             "seconds": time.perf_counter() - started if self._trained else report.seconds_since_process_start(), "jobs": 1,
             "before_in_program": self._trained}) + "\n")

@@ -90,6 +90,13 @@ def test_a_series_in_one_program_trains_the_same_nets(series, monkeypatch, capsy
     assert "pays for its start in the first: seed 100\n" in capsys.readouterr().out
 
 
+def test_a_training_that_fails_in_one_program_says_how_the_series_goes_on(series, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [*(str(tmp_path) if word == str(series[1]) else word for word in series[0]), "--one-program",
+                                      "--run.tune_allocator", "false", "--optim.lr", "1e30"])
+    with pytest.raises(runtime.UserError, match="^seed 100: .* is not finite in epoch 1.*: what has ended is kept: start this again"):
+        time_to_accuracy.main()
+
+
 def test_a_series_in_one_program_that_is_stopped_says_how_it_goes_on(series, monkeypatch, tmp_path):
     def stopped(settings, command, program):
         raise runtime.Interrupted("stopped in epoch 1: go on with --run.resume x", signal.SIGTERM)
@@ -213,6 +220,25 @@ def test_a_variant_that_fails_leaves_the_others_alone(comparison, monkeypatch, c
         compare.main()
     output = capsys.readouterr().out
     assert "| --optim.lr 0.05 " in output and "1 runs failed: their rows are of the rest" in output
+
+
+def test_variants_may_be_trained_in_one_program(comparison, monkeypatch, capsys):
+    """One of them fails; the others are what programs of their own make them."""
+    arguments, out = comparison
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1"])
+    compare.main()    # where no test above has done so
+    apart = {name: runs[0] for name, runs in json.loads((out / "colours.json").read_text())["runs"].items()}
+    monkeypatch.setattr(time_to_accuracy.Trainings, "run", lambda *_: pytest.fail("a program of its own"))
+    monkeypatch.setattr(sys, "argv", [*(f"{out}-together" if word == str(out) else word for word in arguments), "--seeds", "1", "--one-program",
+                                      "--variant", "--optim.lr 1e30", "--run.tune_allocator", "false"])
+    with pytest.raises(runtime.UserError, match="optim.lr_1e30, seed 10: .*epoch 1.*what has ended is kept"):
+        compare.main()
+    together = {name: runs[0] for name, runs in json.loads(Path(f"{out}-together/colours.json").read_text())["runs"].items() if runs}
+    assert len(together) == 2 and {name: run["accuracy"] for name, run in together.items()} == {name: apart[name]["accuracy"] for name in together}
+    assert all(run["seconds"] > 0 for run in together.values()) and "1 runs failed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--one-program", "--jobs", "2"])
+    with pytest.raises(runtime.UserError, match="^--jobs: got 2 with --one-program"):
+        compare.main()
 
 
 def test_what_is_no_variant_is_named(comparison, monkeypatch):
