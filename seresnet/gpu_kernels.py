@@ -10,10 +10,16 @@ import torch
 import triton
 from triton import language as tl
 
+from seresnet.gelu import SATURATED, gelu_slope_above_half, normal_share_above_half, odd_polynomial
+
 PIXELS, CHANNELS = 64, 32    # at a time: 64 bytes of a bfloat16 pixel, two sectors of memory, and no waste with 96 or 288 channels
 FEW = 8                      # channels at a time where there are only sums to add up: more programs, each of a shorter way
 ROWS = 512                   # parts in which sums over the batch are taken, where no images have sums of their own
 COUNTS = ["rows", "images", "size", "count", "height", "width"]    # no code of its own for each value of these
+
+END, PER_SQUARE = tl.constexpr(SATURATED), tl.constexpr(2 / SATURATED**2)
+P0, P1, P2, P3, P4, P5, P6, P7, P8 = (tl.constexpr(float(c)) for c in odd_polynomial(normal_share_above_half))
+S0, S1, S2, S3, S4, S5, S6, S7, S8 = (tl.constexpr(float(c)) for c in odd_polynomial(gelu_slope_above_half))
 
 # Numbers and flags are arguments, but for tl.constexpr, of which there is one machine code each.
 
@@ -38,23 +44,46 @@ def part(rows, images, size, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED: tl.constexpr):
+def before_gelu(value, shortcut, a, d, place, there, scale, ADDED: tl.constexpr):
     """What GELU is taken of."""
-    u = tl.load(a + factor, there, other=0) * value + tl.load(d + factor, there, other=0)
+    u = a * value + d
     if ADDED:
         u += scale * tl.load(shortcut + place, there, other=0).to(tl.float32)
     return u
 
 
 @triton.jit
-def normal_share(u):
-    """The share of a standard normal distribution below u: gelu(u) is u times it (Hendrycks and Gimpel, arXiv 1606.08415)."""
-    return 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+def bell_and_share(u):
+    """exp(-u^2 / 2), and the share of a standard normal distribution below u: gelu(u) is u times that (Hendrycks and Gimpel, arXiv
+    1606.08415). Within 1e-7, by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26; erf takes twice the instructions."""
+    bell, t = tl.exp(-0.5 * u * u), 1.0 / (1.0 + 0.2316418884 * tl.abs(u))
+    beyond = ((((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t * bell
+    return bell, tl.where(u < 0, beyond, 1.0 - beyond)
 
 
 @triton.jit
-def gelu_slope(u):
-    return normal_share(u) + 0.3989422804014327 * u * tl.exp(-0.5 * u * u)
+def normal_share(u, ROUGH: tl.constexpr):
+    """That share. ROUGH: within 4e-5, by a polynomial, for bfloat16; of NaN it is some number."""
+    if ROUGH:
+        u = tl.minimum(tl.maximum(u, -END), END)
+        v = u * u * PER_SQUARE - 1.0
+        share = 0.5 + u * (P0 + v * (P1 + v * (P2 + v * (P3 + v * (P4 + v * (P5 + v * (P6 + v * (P7 + v * P8))))))))
+    else:
+        _, share = bell_and_share(u)
+    return share
+
+
+@triton.jit
+def gelu_slope(u, ROUGH: tl.constexpr):
+    """The derivative of gelu at u. ROUGH: within 6e-4, where half of bfloat16's step at 1 is 2e-3."""
+    if ROUGH:
+        u = tl.minimum(tl.maximum(u, -END), END)
+        v = u * u * PER_SQUARE - 1.0
+        slope = 0.5 + u * (S0 + v * (S1 + v * (S2 + v * (S3 + v * (S4 + v * (S5 + v * (S6 + v * (S7 + v * S8))))))))
+    else:
+        bell, share = bell_and_share(u)
+        slope = share + 0.3989422804014327 * u * bell
+    return slope
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -146,23 +175,24 @@ def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADD
     pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
-    u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
-    tl.store(y + place, u * normal_share(u), there)
+    u = before_gelu(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
+    tl.store(y + place, u * normal_share(u, x.dtype.element_ty == tl.bfloat16), there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image, ADDED: tl.constexpr,
                    PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     row, first, last, channel, inside = part(rows, images, size, channels, CHANNELS)
-    middle = tl.load(mean + channel, inside, other=0)
+    factor = row * per_image + channel    # where images have factors of their own, a row is an image
+    middle, for_one, rest = (tl.load(mean + channel, inside, other=0), tl.load(a + factor, inside, other=0), tl.load(d + factor, inside, other=0))
     sum_, moment = tl.zeros([PIXELS, CHANNELS], tl.float32), tl.zeros([PIXELS, CHANNELS], tl.float32)
     for start in range(first, last, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[:, None]
         there = (pixel < last) & inside
-        place, factor = pixel * channels + channel, pixel // size * per_image + channel
+        place = pixel * channels + channel
         value = tl.load(x + place, there, other=0).to(tl.float32)
-        u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
-        back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u)    # 0 where nothing is
+        u = before_gelu(value, shortcut, for_one, rest, place, there, scale, ADDED)
+        back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u, x.dtype.element_ty == tl.bfloat16)    # 0 where nothing is
         sum_ += back
         moment += back * (value - middle)
     tl.store(total + row * channels + channel, tl.sum(sum_, 0)[None, :], inside)
@@ -191,8 +221,8 @@ def _gradients(gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, o
     pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
-    u = before_gelu(value, shortcut, a, d, place, factor, there, scale, ADDED)
-    back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u)
+    u = before_gelu(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
+    back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u, x.dtype.element_ty == tl.bfloat16)
     result = tl.load(by_back + factor, there, other=0) * back + tl.load(of_value + channel, there, other=0) * value
     tl.store(of_x + place, result + tl.load(constant + factor, there, other=0), there)
     if ADDED:
@@ -203,27 +233,27 @@ def pool(x: torch.Tensor, pooled: torch.Tensor, taken: torch.Tensor) -> None:
     """As kernels.pool."""
     _, height, width, channels = x.shape
     cells = pooled.numel() // channels
-    _run(_pool, cells, channels, x, pooled, taken, cells, height, width, channels, PIXELS=PIXELS)
+    _run(_pool, _tiles(cells), channels, x, pooled, taken, cells, height, width, channels, PIXELS=PIXELS)
 
 
 def unpool(gradient: torch.Tensor, taken: torch.Tensor, spread: torch.Tensor) -> None:
     """As kernels.unpool."""
     images, height, width, channels = spread.shape
     cells = images * ((height + 1) // 2) * ((width + 1) // 2)
-    _run(_unpool, cells, channels, gradient, taken, spread, cells, height, width, channels, PIXELS=PIXELS)
+    _run(_unpool, _tiles(cells), channels, gradient, taken, spread, cells, height, width, channels, PIXELS=PIXELS)
 
 
 def sums(x: torch.Tensor, pivot: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> None:
     """As kernels.sums."""
     (images, size, channels), rows = x.shape, len(total)
-    _run(_sums, rows * PIXELS, channels, x, pivot, total, squares, rows, images, size, channels, PIXELS=PIXELS)
+    _run(_sums, rows, channels, x, pivot, total, squares, rows, images, size, channels, **_shape(size, images, rows, channels))
 
 
 def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.Tensor, pivot: torch.Tensor,
                count: int) -> tuple[torch.Tensor, ...]:
     """As compiled.statistics."""
     mean, deviation, a, d = torch.empty(4, total.shape[1], dtype=torch.float32, device=total.device)
-    _run(_statistics, PIXELS, len(mean), total, squares, pivot, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+    _run(_statistics, 1, len(mean), total, squares, pivot, norm.weight, norm.bias, norm.running_mean, norm.running_var,
          norm.num_batches_tracked, mean, deviation, a, d, len(total), count, len(mean), norm.momentum, norm.eps, ROWS=512, CHANNELS=FEW)
     return mean, deviation, a, d
 
@@ -231,22 +261,21 @@ def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.T
 def activate(x, shortcut, a, d, scale: float, y) -> None:
     """As kernels.activate."""
     images, size, channels = x.shape
-    _run(_activate, images * size, channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0,
+    _run(_activate, _tiles(images * size), channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0,
          PIXELS=PIXELS)
 
 
 def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, product) -> None:
-    """As kernels.gradient_sums."""
+    """As kernels.gradient_sums. Where images have factors of their own in a and d, they have sums of their own."""
     (images, size, channels), rows = x.shape, len(total)
-    _run(_gradient_sums, rows * PIXELS, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
-         _per_image(a), ADDED=scale != 0,
-         PIXELS=PIXELS)
+    _run(_gradient_sums, rows, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
+         _per_image(a), ADDED=scale != 0, **_shape(size, images, rows, channels))
 
 
 def gradient_statistics(total, product, weight, mean, deviation, count: int) -> tuple[torch.Tensor, ...]:
     """As compiled.gradient_statistics."""
     results = torch.empty(4, len(mean), dtype=torch.float32, device=mean.device)
-    _run(_gradient_statistics, PIXELS, len(mean), total, product, weight, mean, deviation, *results, len(total), count, len(mean), ROWS=512,
+    _run(_gradient_statistics, 1, len(mean), total, product, weight, mean, deviation, *results, len(total), count, len(mean), ROWS=512,
          CHANNELS=FEW)
     return tuple(results)
 
@@ -254,7 +283,7 @@ def gradient_statistics(total, product, weight, mean, deviation, count: int) -> 
 def gradients(gradient, x, shortcut, a, d, scale: float, of_value, constant, by_back, of_x, of_shortcut) -> None:
     """As kernels.gradients."""
     images, size, channels = x.shape
-    _run(_gradients, images * size, channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
+    _run(_gradients, _tiles(images * size), channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
          images * size, size, channels, _per_image(a), ADDED=scale != 0,
          PIXELS=PIXELS)
 
@@ -264,9 +293,26 @@ def _per_image(a: torch.Tensor) -> int:
     return a.shape[1] if len(a) > 1 else 0
 
 
-def _run(kernel, pixels: int, channels: int, *arguments, CHANNELS: int = CHANNELS, **constants) -> None:
-    """One program for each PIXELS x CHANNELS, on the device of the arguments."""
-    programs = triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, CHANNELS)
+def _tiles(pixels: int) -> int:
+    """How many times PIXELS they are, the last perhaps in part."""
+    return triton.cdiv(pixels, PIXELS)
+
+
+def _shape(size: int, images: int, rows: int, channels: int) -> dict[str, int]:
+    """How many pixels and channels a program takes at a time of a row of sums: fewer pixels, and more channels, where a row has few, of a
+    small image, since the rest of the program would idle."""
+    pixels = size * (images // rows)
+    shapes = [(PIXELS >> k, CHANNELS << k) for k in range(3)]
+    least = min(triton.cdiv(pixels, tall) * tall * triton.cdiv(channels, wide) * wide for tall, wide in shapes)
+    for tall, wide in shapes:    # the tallest that does not idle much: it goes round less often
+        if triton.cdiv(pixels, tall) * tall * triton.cdiv(channels, wide) * wide <= 1.5 * least:
+            break
+    return {"PIXELS": tall, "CHANNELS": wide}
+
+
+def _run(kernel, tiles: int, channels: int, *arguments, CHANNELS: int = CHANNELS, **constants) -> None:
+    """`tiles` programs for every CHANNELS, on the device of the arguments."""
+    programs = tiles * triton.cdiv(channels, CHANNELS)
     if programs:
         with torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants, CHANNELS=CHANNELS)

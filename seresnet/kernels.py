@@ -6,37 +6,16 @@ a row, (B, P, C); all arrays are contiguous. Loops over channels are innermost, 
 """
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import float32, int16, int32, types, uint8, uint32, uintp
 from numba.extending import intrinsic, overload
 
-SATURATED = 4.0         # from here on the normal distribution is taken as constant: 3e-5 from 1
-SATURATED_FINE = 5.5    # and in float32 from here on: 2e-8 from 1
+from seresnet.gelu import SATURATED, SATURATED_FINE, gelu_slope_above_half, normal_share_above_half, odd_polynomial
+
 ZERO, HALF, ONE, END, PER_SQUARE = np.float32(0), np.float32(0.5), np.float32(1), np.float32(SATURATED), np.float32(2 / SATURATED**2)
 END_FINE, PER_SQUARE_FINE = np.float32(SATURATED_FINE), np.float32(2 / SATURATED_FINE**2)
-
-
-def normal_share_above_half(u: float) -> float:
-    return math.erf(u / math.sqrt(2)) / 2
-
-
-def gelu_slope_above_half(u: float) -> float:
-    return normal_share_above_half(u) + u * math.exp(-u * u / 2) / math.sqrt(2 * math.pi)
-
-
-def odd_polynomial(function, degree: int = 8, saturated: float = SATURATED) -> list[np.float32]:
-    """Coefficients c of the polynomial for which u * c(2 u^2 / saturated^2 - 1) is `function` (odd) up to `saturated`: least squares
-    in Chebyshev's points."""
-    v = np.cos((np.arange(400) + 0.5) * np.pi / 400)
-    u = np.sqrt((v + 1) / 2) * saturated
-    values = np.array([function(one) for one in u])
-    return [np.float32(c) for c in np.polynomial.Polynomial.fit(v, values / u, degree, w=u, domain=[-1, 1]).coef]
-
-
 P0, P1, P2, P3, P4, P5, P6, P7, P8 = odd_polynomial(normal_share_above_half)
 S0, S1, S2, S3, S4, S5, S6, S7, S8 = odd_polynomial(gelu_slope_above_half)
 FINE = 14    # degree in float32

@@ -11,7 +11,7 @@ PACKAGE = sorted(p.stem for p in (ROOT / "seresnet").glob("*.py") if p.stem != "
 ENTRIES = ("write_datasets.py", "ffcv_train.py")
 
 # Lower layers never import higher ones; modules of one layer do not import each other (but for those named).
-LAYERS = [{"kernels", "gpu_kernels"}, {"compiled"}, {"winograd"}, {"runtime", "clock", "conv", "norm", "pool", "graphs"},
+LAYERS = [{"gelu"}, {"kernels", "gpu_kernels"}, {"compiled"}, {"winograd"}, {"runtime", "clock", "conv", "norm", "pool", "graphs"},
           {"config", "files", "imageset", "augment", "model", "loss", "optim", "tta", "shift", "synced", "ranks"}, {"cifar"},
           {"sources"}, {"beton"}, {"loader", "checkpoint", "pictures", "inputs"}, {"report", "trained"},
           {"evaluate", "predict", "export", "doctor"}, {"loop"}, {"preview"}]
