@@ -26,6 +26,7 @@ from seresnet import config, report, runtime
 AS_IT_IS = "as it is"
 NAME_LENGTH = 150
 COMPARED = ("augment", "model", "loss", "optim", "loop", "loader", "run", "evaluate")    # sections that a training depends on
+OF_THE_PROGRAM = {"run.threads", "run.tune_allocator", "run.compile", "run.device"}
 VIEWS = {"evaluate.tta", "evaluate.tta_sure"}
 
 
@@ -75,6 +76,8 @@ def settings_of(argv: Sequence[str]) -> tuple[dict[str, config.Config], argparse
             problems.append(f"--variant {variant!r}: says how to compare, and not what: give that once, for all of them")
         elif any(name.startswith("evaluate.") and name not in VIEWS for name in differing):
             problems.append(f"--variant {variant!r}: changes how all are judged: of evaluate, only tta and tta_sure may differ")
+        elif own.one_program and differing & OF_THE_PROGRAM:
+            problems.append(f"--variant {variant!r}: changes what is settled once in a program: leave --one-program out")
         elif any(name.partition(".")[0] not in COMPARED for name in differing):
             problems.append(f"--variant {variant!r}: says nothing of the training, or where the images lie: only {', '.join(COMPARED)} may differ")
         elif not differing:
@@ -107,17 +110,20 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
     return failed
 
 
-def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config) -> list[str]:
-    """As `run_all`, one after the other in this program."""
+def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, count: int) -> list[str]:
+    """As `run_all`, one after the other in this program, of `count` trainings with those that have ended before. Where the device fails,
+    no other is begun."""
     failed: list[str] = []
-    with OneProgram(settings, len(todo)) as trainings:
+    with OneProgram(settings, count) as trainings:
         for arguments, folder in todo:
             error = None
             try:
                 trainings.run(arguments, folder)
             except runtime.UserError as raised:
-                error = raised
+                error = raised.with_traceback(None)
             tell(folder, error, failed)
+            if isinstance(error, runtime.DeviceFailed):
+                break
     return failed
 
 
@@ -138,9 +144,9 @@ def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
 
     `probability_of_no_gain`: that the true mean of the differences is at most 0, by Student's t, of the seeds' luck alone (all look
     at the same images); 1 where all are 0, None for fewer than two pairs. `train_seconds` is None where a run was not alone, or was
-    interrupted.
+    interrupted, or where the only one paid for the start of a program of several, which others are free of.
     """
-    shared = [seed for seed in runs if seed in base]
+    shared, timed = [seed for seed in runs if seed in base], [run for run in runs.values() if run.get("before_in_program") != 0]
     pairs = [runs[seed]["accuracy_tta"] - base[seed]["accuracy_tta"] for seed in shared]
     differences = accuracy_figures(pairs, 0.0) if pairs and runs is not base else None
     no_gain = differences["probability_below_target"] if differences else None
@@ -149,8 +155,8 @@ def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
     return {"with_tta": accuracy_figures([run["accuracy_tta"] for run in runs.values()], None),
             "plain": statistics.fmean(run["accuracy"] for run in runs.values()),
             "last_training_accuracy": statistics.fmean(run["last_training_accuracy"] for run in runs.values()),
-            "train_seconds": (statistics.median(run["train_seconds"] for run in runs.values())
-                              if all(run["seconds"] is not None for run in runs.values()) else None),
+            "train_seconds": (statistics.median(run["train_seconds"] for run in timed)
+                              if timed and all(run["seconds"] is not None for run in runs.values()) else None),
             "difference": differences, "probability_of_no_gain": no_gain}
 
 
@@ -192,7 +198,7 @@ def main() -> None:
               for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
     prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
     todo = [(arguments, folder) for arguments, folder in prepared if arguments]
-    failed = run_here(todo, variants[AS_IT_IS]) if own.one_program else run_all(todo, own.jobs)
+    failed = run_here(todo, variants[AS_IT_IS], len(places)) if own.one_program else run_all(todo, own.jobs)
     runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
     for (name, seed), folder in places.items():
         if (folder / "report.json").exists():
@@ -202,7 +208,8 @@ def main() -> None:
     if rows:
         every = [run for found in runs.values() for run in found.values()]
         print(f"\n{table(rows)}\n{explained(variants, own, every, len(failed))}")
-        names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "seconds", "resumed", "commit")
+        names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "seconds", "before_in_program",
+                 "resumed", "commit")
         keep(own.out, recipe, recipe, {
             "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "failed": failed, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},

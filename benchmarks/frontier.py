@@ -1,9 +1,9 @@
 """Accuracy against time, ours beside others': python -m benchmarks.frontier SERIES.json ... [--peers FILE] [--picture FILE]
 
 SERIES.json is what benchmarks.time_to_accuracy leaves. Others' published figures are in benchmarks/anchors.yaml. Their times on
-another machine say nothing about this one, so each stands where the arithmetic of its training puts it, without evaluation, at
-the rate (FLOP/s) of the first series, drawn hollow; --peers names a JSON file of those that were run on the same machine,
-{name: {accuracy, seconds}}, drawn full.
+another machine say nothing about this one, so each stands where the arithmetic of its training puts it, without evaluation, drawn hollow: at
+the median rate (FLOP/s) of those that --peers names, a JSON file of others that were run on the same machine, {name: {accuracy, seconds}}, drawn
+full, or without any at the rate of the first series.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks import time_to_accuracy
 from seresnet import report, runtime
 
 ANCHORS = Path(__file__).with_name("anchors.yaml")
@@ -47,7 +48,8 @@ def our_points(files: Sequence[str]) -> list[dict]:
         try:
             series = json.loads(Path(file).read_text(encoding="utf-8"))
             accuracies = [run["accuracy_tta"] for run in series["runs"]]
-            seconds = statistics.median(run["train_seconds"] + run["eval_seconds"] for run in series["runs"])
+            timed = time_to_accuracy.timed(series["runs"])
+            seconds = statistics.median(run["train_seconds"] + run["eval_seconds"] for run in timed)
             flop, split = flop_of_training(series), series["split"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise runtime.UserError(f"{file}: is no series of benchmarks.time_to_accuracy ({error!r})") from error
@@ -55,8 +57,14 @@ def our_points(files: Sequence[str]) -> list[dict]:
             raise runtime.UserError(f"{file}: was evaluated on {split}, others on the test set: run the series with evaluate.split: test")
         points.append({"name": series["recipe"], "ours": True, "measured": True, "accuracy": statistics.fmean(accuracies),
                        "accuracies": accuracies, "seconds": seconds, "pflop": flop / 1e15, "note": f"n = {len(accuracies)}",
-                       "rate": flop / statistics.median(run["train_seconds"] for run in series["runs"])})
+                       "rate": flop / statistics.median(run["train_seconds"] for run in timed)})
     return points
+
+
+def rate_of_others(anchors: Sequence[Mapping], peers: Mapping[str, Mapping], ours: Mapping) -> tuple[float, str]:
+    """FLOP/s at which others are reckoned here, and whose they are: the median of those that were run here, else those of `ours`."""
+    found = [anchor["pflop"] * 1e15 / peers[anchor["name"]]["seconds"] for anchor in anchors if anchor["name"] in peers and anchor.get("pflop")]
+    return (statistics.median(found), "those run here, with their evaluation") if found else (ours["rate"], f"{ours['name']}'s training")
 
 
 def their_points(anchors: Sequence[Mapping], peers: Mapping[str, Mapping], rate: float) -> list[dict]:
@@ -79,8 +87,8 @@ def their_points(anchors: Sequence[Mapping], peers: Mapping[str, Mapping], rate:
 
 
 def unit_of(points: Sequence[Mapping]) -> str:
-    """What to count in: seconds where the first series' training takes less than half a minute, as on a GPU, else minutes."""
-    return "seconds" if points[0]["seconds"] < 30 else "minutes"
+    """What to count in: seconds where the fastest series of ours takes less than half a minute, as on a GPU, else minutes."""
+    return "seconds" if min(point["seconds"] for point in points if point["ours"]) < 30 else "minutes"
 
 
 def table(points: Sequence[Mapping], unit: str) -> str:
@@ -108,9 +116,11 @@ def main() -> None:
     if own.picture:
         report.check_picture(own.picture)
     ours = our_points(own.series)
-    points = ours + their_points(yaml.safe_load(ANCHORS.read_text(encoding="utf-8")), peers, ours[0]["rate"])
+    anchors = yaml.safe_load(ANCHORS.read_text(encoding="utf-8"))
+    rate, whose = rate_of_others(anchors, peers, ours[0])
+    points = ours + their_points(anchors, peers, rate)
     print(table(points, unit_of(points)))
-    print(f"\nreckoned: PFLOP at the {ours[0]['rate'] / 1e12:.3f} TFLOP/s of {ours[0]['name']}'s training")
+    print(f"\nreckoned: PFLOP at the {rate / 1e12:.3f} TFLOP/s of {whose}")
     if own.picture:
         from seresnet.pictures import draw_frontier
         draw_frontier(points, Path(own.picture), unit_of(points))

@@ -2,7 +2,7 @@
 
 Every seed is a program of its own, started as a user starts it, one after the other: `seconds` are those between its start and
 its end, imports and compilation included. With --one-program this program trains them all: it pays for its start once, in the first of
-them, as the scripts do whose authors leave out a first run. Each leaves its run folder in DIR/<recipe>/seed-N. Called again, the series
+them, whose times the medians leave out. Each leaves its run folder in DIR/<recipe>/seed-N. Called again, the series
 goes on where it was interrupted, inside a run if need be; runs of another config are refused, not mixed in, and those of another commit are named.
 The seeds start at --first-seed: take seeds that were not used for tuning.
 """
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class OneProgram:
     def __init__(self, settings: config.Config, count: int):
         if settings.run.tune_allocator:
             runtime.tune_allocator(settings.run.device)    # before torch is loaded: it may start the program again
-        self._count, self._trained = count, 0
+        self._count, self._begun = count, 0
 
     def __enter__(self) -> OneProgram:
         return self
@@ -129,24 +130,30 @@ class OneProgram:
         pass
 
     def run(self, arguments: Sequence[str], folder: Path) -> None:
-        """As Trainings.run: raises UserError where it fails, runtime.Interrupted where it was stopped."""
+        """As Trainings.run: raises UserError where it fails, for whatever reason, runtime.Interrupted where it was stopped; DeviceFailed,
+        which is a UserError, where no other training can follow in this program."""
         from seresnet.loop import Program, fit
-        started = time.perf_counter()
         settings, _ = config.parse(list(arguments), argparse.ArgumentParser())
-        begun = report.seconds_since_process_start() if self._trained else 0.0
+        before, begun = self._begun, report.seconds_since_process_start() if self._begun else 0.0
+        self._begun += 1
+        failed, way_on = None, "start this again, it goes on where it was"
         try:
             fit(settings, sys.argv, Program(self._count, begun))
         except runtime.Interrupted as stopped:
-            raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", stopped.status - 128) from stopped
-        except (runtime.UserError, runtime.NonFiniteLoss) as error:
-            raise runtime.UserError(f"{folder.name.replace('-', ' ')}: {error}: what has ended is kept: start this again, it goes on "
-                                    "where it was") from error
-        finally:
-            gc.collect()    # a session's cycles hold what its steps are recorded in, on a GPU its memory
-        report.write_text(folder / "series.json", json.dumps({
-            "seconds": time.perf_counter() - started if self._trained else report.seconds_since_process_start(), "jobs": 1,
-            "before_in_program": self._trained}) + "\n")
-        self._trained += 1
+            raise runtime.Interrupted(f"interrupted in {folder}: {way_on}", stopped.status - 128) from stopped
+        except Exception as error:    # also a defect, which ends this training alone
+            told = "; ".join(getattr(error, "problems", (str(error),)))
+            if not isinstance(error, (runtime.UserError, runtime.NonFiniteLoss)):
+                traceback.print_exc()
+                told = f"{type(error).__name__}: {told}"
+            kind = runtime.DeviceFailed if isinstance(error, runtime.DeviceFailed) else runtime.UserError
+            failed = kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {way_on}")
+            traceback.clear_frames(error.__traceback__)    # which hold the session
+        gc.collect()    # so do cycles: what its steps are recorded in, on a GPU its memory
+        if failed:
+            raise failed
+        report.write_text(folder / "series.json", json.dumps({"seconds": report.seconds_since_process_start() - begun, "jobs": 1,
+                                                              "before_in_program": before}) + "\n")
 
 
 def run_seed(trainings: Trainings | OneProgram, settings: config.Config, seed: int, folder: Path) -> dict:
@@ -188,6 +195,12 @@ def read_report(folder: Path) -> dict:
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
     return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
             "before_in_program": noted.get("before_in_program"), "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
+
+
+def timed(runs: Sequence[dict]) -> list[dict]:
+    """Those of `runs` whose times are to be compared: all but those that paid for the start of a program of several, unless there are no
+    others. JSON of earlier days does not say how many came before."""
+    return [run for run in runs if run.get("before_in_program") != 0] or list(runs)
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
@@ -239,11 +252,11 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
     if len({run["commit"] for run in runs}) > 1:
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
-    if any(run["before_in_program"] is not None for run in runs):
-        lines.append("several in one program, which pays for its start in the first: seed "
+    if any(run["before_in_program"] for run in runs):
+        lines.append("several in one program, which pays for its start in the first, whose times the medians leave out: seed "
                      + ", ".join(str(run["seed"]) for run in runs if run["before_in_program"] == 0))
     lines.append("on " + ", ".join(sorted({run["machine"] for run in runs})))
-    medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
+    medians = {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS}
     lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
     return "\n".join(lines)
 
@@ -277,7 +290,7 @@ def main() -> None:
     names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit")
     keep(own.out, settings.recipe, settings.recipe, {
         "target": own.target, "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
-        "median_seconds": {part: statistics.median(run[part] for run in runs) for part in PARTS},
+        "median_seconds": {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS},
         "runs": [{name: run[name] for name in names} for run in runs], "config": settings.as_dict()})
 
 

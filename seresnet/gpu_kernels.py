@@ -1,8 +1,8 @@
 """The passes of seresnet/kernels.py for a GPU, in Triton: max-pooling, batch normalisation with what follows it.
 
 Images are bfloat16, float16 or float32 tensors (B, H, W, C) or, with pixels in a row, (B, P, C), contiguous, of fewer than 2^31
-elements, less a few; what is counted about them is float32. A program takes PIXELS pixels of CHANNELS channels. Sums are taken in an order that
-depends on shapes alone.
+elements, less a few; what is counted about them is float32. A program takes PIXELS pixels of CHANNELS channels, or for sums as many in another
+shape. Sums are taken in an order that depends on shapes alone.
 """
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def before_gelu(value, shortcut, a, d, place, there, scale, ADDED: tl.constexpr)
 @triton.jit
 def bell_and_share(u):
     """exp(-u^2 / 2), and the share of a standard normal distribution below u: gelu(u) is u times that (Hendrycks and Gimpel, arXiv
-    1606.08415). Within 1e-7, by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26; erf takes twice the instructions."""
+    1606.08415). Within 4e-7 in float32, by Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26; erf takes twice the instructions."""
     bell, t = tl.exp(-0.5 * u * u), 1.0 / (1.0 + 0.2316418884 * tl.abs(u))
     beyond = ((((0.5307027145 * t - 0.7265760135) * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796) * t * bell
     return bell, tl.where(u < 0, beyond, 1.0 - beyond)
@@ -268,6 +268,7 @@ def activate(x, shortcut, a, d, scale: float, y) -> None:
 def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, product) -> None:
     """As kernels.gradient_sums. Where images have factors of their own in a and d, they have sums of their own."""
     (images, size, channels), rows = x.shape, len(total)
+    assert rows == images or len(a) == 1
     _run(_gradient_sums, rows, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
          _per_image(a), ADDED=scale != 0, **_shape(size, images, rows, channels))
 
@@ -301,7 +302,7 @@ def _tiles(pixels: int) -> int:
 def _shape(size: int, images: int, rows: int, channels: int) -> dict[str, int]:
     """How many pixels and channels a program takes at a time of a row of sums: fewer pixels, and more channels, where a row has few, of a
     small image, since the rest of the program would idle."""
-    pixels = size * (images // rows)
+    pixels = size * (images // max(1, rows))
     shapes = [(PIXELS >> k, CHANNELS << k) for k in range(3)]
     least = min(triton.cdiv(pixels, tall) * tall * triton.cdiv(channels, wide) * wide for tall, wide in shapes)
     for tall, wide in shapes:    # the tallest that does not idle much: it goes round less often

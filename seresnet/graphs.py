@@ -84,7 +84,7 @@ class Repeats:
 
     def run(self, work: Callable[[], None], tensors: Iterable[torch.Tensor], constants: Hashable) -> None:
         """Do `work`, which reads and changes `tensors` and what else always lies where it is, and depends on no number but `constants`."""
-        key = (tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors), constants)
+        key = (tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors), constants)
         if key in self._replays:
             self._replays[key]()
         elif key not in self._seen:
@@ -123,8 +123,8 @@ def few_ahead(replay: Callable[[], None], events: Sequence) -> Callable[[], None
     """`replay`, of which no more wait for the device than there are `events`: the next waits for the oldest of them.
 
     The device has work enough by that. Without it the host is ahead by as many steps as the driver's queue holds. Of 17 trainings that
-    replayed one graph twice a step, three ended by a crash in the driver or on the device (records/); drivers had such faults before,
-    where graphs are launched one behind the other (pytorch pull request 57556, issue 189150). That this is the cause is a guess.
+    replayed one graph twice a step, three ended by a crash in the driver or on the device (records/); that a long queue is the cause is a
+    guess.
     """
     count = 0
 

@@ -470,7 +470,8 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                     report.say(changed_processes(session, state.get("processes", 1)))
                 if state and state.get("precision", str(session.dtype)) != str(session.dtype):
                     report.say(f"trained in {state['precision']} so far, in {session.dtype} from here on: sums are rounded otherwise")
-                return run_epochs(session, folder, state)
+                with device_failure_explained(device, path):
+                    return run_epochs(session, folder, state)
 
 
 @contextmanager
@@ -483,13 +484,22 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
                 "pixels", f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller "
                 f"--model.channels, {'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream"):
             yield
-    except torch.AcceleratorError as error:    # the device, or its driver: nothing more can be done there by this process
-        raise runtime.UserError(
-            f"{str(error).partition(chr(10))[0]}: the device has failed, and this program can do no more with it. What the run folder holds is "
-            "whole: go on with --run.resume FOLDER, which begins behind the last epoch; should it come again, with --run.cuda_graphs false") from error
     except NotRecorded as error:
         raise runtime.UserError(f"run.cuda_graphs: a step could not be recorded ({error}): --run.cuda_graphs false does without; where "
                                 f"memory was short, --loader.batch_size {max(1, size // 2)} may help") from error
+
+
+@contextmanager
+def device_failure_explained(device: torch.device, folder: Path) -> Iterator[None]:
+    """A block of a run in `folder`, of which an error that leaves the device useless for this process is told with the way on."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        if runtime.is_out_of_memory(error) or device.type == "cuda" and runtime.answers(device):
+            raise
+        raise runtime.DeviceFailed(
+            f"{str(error).partition(chr(10))[0]}: the device has failed, and this program can do no more with it: go on with --run.resume {folder} "
+            "from the state that was saved last; should it come again, with --run.cuda_graphs false") from error
 
 
 def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:

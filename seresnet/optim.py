@@ -137,11 +137,13 @@ class Muon(torch.optim.Optimizer):
     record: replays the update from a recording where gradients lie where they have lain before, as those of a replayed step do.
     """
 
+    repeats: Repeats | None = None    # of the class, too: a copy of an optimizer computes without recordings, which are of the tensors of the first
+    _rates: torch.Tensor | None = None    # of the groups, where recordings read them
+
     def __init__(self, groups: Sequence[dict], nesterov: bool = True, record: Recorder | None = None):
         super().__init__(groups, dict(lr=0.1, peak_lr=0.1, momentum=0.6, weight_decay=0.0, orthogonal=False,
                                       nesterov=nesterov))
         self.repeats = Repeats(record) if record else None
-        self._rates: torch.Tensor | None = None    # of the groups, where recordings read them
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -140,7 +140,7 @@ def draw_frontier(points: Sequence[Mapping], path: Path, unit: str = "minutes") 
         axes.annotate(point["name"], (time, mean), place, textcoords="offset points", fontsize=8.5, color=colour, ha=side,
                       weight="bold" if point["ours"] else "normal")
     for ours, measured, text in ((True, True, "ours, mean (dashes: seeds)"), (False, True, "others, run on the same machine"),
-                                 (False, False, "others, published accuracy at our arithmetic rate")):
+                                 (False, False, "others, as published, where their arithmetic puts them")):
         if any((point["ours"], point["measured"]) == (ours, measured) for point in shown):
             colour = COLOURS[0] if ours else "#777777"
             axes.plot([], [], "o" if ours else "D", color=colour, markersize=7, markerfacecolor=colour if measured else "none", label=text)

@@ -63,6 +63,10 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. Programs print it without a traceback and exit with status 3."""
 
 
+class DeviceFailed(UserError):
+    """The device, or its driver, failed, and this process can do no more with it."""
+
+
 class Interrupted(BaseException):
     """A signal asked the program to stop, and what it was doing has been saved. `status` is 128 plus the signal's number.
 
@@ -530,6 +534,16 @@ def memory_explained(device: torch.device, doing: str, way_out: str) -> Iterator
             raise
         raise UserError(f"out of memory on {device} with {doing}; {free_memory(device) >> 20:,} of {total_memory(device) >> 20:,} MiB "
                         f"are free: {way_out}; nothing was tried again") from error
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a CUDA `device` still works for this process: after some errors nothing does."""
+    import torch
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def total_memory(device: torch.device) -> int:

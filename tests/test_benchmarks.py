@@ -87,7 +87,7 @@ def test_a_series_in_one_program_trains_the_same_nets(series, monkeypatch, capsy
         assert nets[0].keys() == nets[1].keys() and all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
     assert [run["before_in_program"] for run in together] == [0, 1]
     assert together[1]["total_seconds"] <= together[1]["seconds"] < together[0]["seconds"], "the second did not begin with the program"
-    assert "pays for its start in the first: seed 100\n" in capsys.readouterr().out
+    assert "pays for its start in the first, whose times the medians leave out: seed 100\n" in capsys.readouterr().out
 
 
 def test_a_training_that_fails_in_one_program_says_how_the_series_goes_on(series, monkeypatch, tmp_path):
@@ -239,6 +239,38 @@ def test_variants_may_be_trained_in_one_program(comparison, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", [*arguments, "--one-program", "--jobs", "2"])
     with pytest.raises(runtime.UserError, match="^--jobs: got 2 with --one-program"):
         compare.main()
+
+
+def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monkeypatch, capsys, tmp_path):
+    """A defect is the first one's alone, whose time is not the second's; behind a device that has failed nothing is begun."""
+    begun, settings = [], config.build({"run.tune_allocator": False})
+
+    def fit(settings, command, program):
+        begun.append((settings.run.seed, program))
+        if settings.run.seed == 1:
+            raise RuntimeError("one\nof ours")
+        if settings.run.seed == 3:
+            raise runtime.DeviceFailed("no device")
+    monkeypatch.setattr("seresnet.loop.fit", fit)
+    monkeypatch.setattr(compare, "read_report", lambda folder: {"seed": folder.name, "accuracy_tta": 0.5, "seconds": None})
+    todo = [(["--run.seed", str(seed)], tmp_path / f"seed-{seed}") for seed in (1, 2, 3, 4)]
+    for _, folder in todo:
+        folder.mkdir()
+    failed = compare.run_here(todo, settings, 7)
+    assert [seed for seed, _ in begun] == [1, 2, 3] and {program.trainings for _, program in begun} == {7}
+    assert begun[0][1].begun == 0 < begun[1][1].begun < begun[2][1].begun
+    assert json.loads((tmp_path / "seed-2/series.json").read_text())["before_in_program"] == 1 and not (tmp_path / "seed-1/series.json").exists()
+    assert len(failed) == 2 and "seed 1: RuntimeError: one\nof ours: what has ended is kept" in failed[0] and "seed 3: no device" in failed[1]
+    assert "RuntimeError: one" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*comparison[0], "--one-program", "--variant", "--run.threads 1"])
+    with pytest.raises(runtime.UserError, match="--run.threads 1': changes what is settled once in a program"):
+        compare.main()
+
+
+def test_what_the_first_training_of_a_program_paid_for_is_in_no_time():
+    runs = [{"before_in_program": count, "train_seconds": seconds} for count, seconds in ((0, 9.0), (1, 2.0), (None, 3.0))]
+    assert [run["train_seconds"] for run in time_to_accuracy.timed(runs)] == [2.0, 3.0]
+    assert time_to_accuracy.timed(runs[:1]) == runs[:1] and time_to_accuracy.timed([{"train_seconds": 1.0}]) == [{"train_seconds": 1.0}]
 
 
 def test_what_is_no_variant_is_named(comparison, monkeypatch):
@@ -433,6 +465,8 @@ def test_the_frontier_puts_others_where_their_arithmetic_does(tmp_path):
     a, b, c = frontier.their_points(anchors, {"b": {"accuracy": 0.81, "seconds": 7.0}}, 1e9)
     assert (a["seconds"], a["measured"]) == (2000.0, False) and (b["seconds"], b["accuracy"], b["measured"]) == (7.0, 0.81, True)
     assert c["seconds"] is None
+    assert frontier.rate_of_others(anchors, {}, ours) == (ours["rate"], "small's training")
+    assert frontier.rate_of_others(anchors, {"b": {"seconds": 4.0}, "c": {"seconds": 1.0}}, ours)[0] == pytest.approx(0.002e15 / 4)
     with pytest.raises(runtime.UserError, match="d: not in anchors.yaml"):
         frontier.their_points(anchors, {"d": {"accuracy": 0.5, "seconds": 1.0}}, 1e9)
 

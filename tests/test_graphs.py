@@ -1,6 +1,7 @@
 """Recordings of a step do what the step itself does. Those of a GPU are tested where there is one; what goes into them and comes out
 of them everywhere, by a recorder that computes again."""
 import copy
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from seresnet import compiled, loop
 from seresnet.config import build
 from seresnet.graphs import NotRecorded, Repeats, Replays, cuda_graphs, few_ahead
 from seresnet.optim import Muon
-from seresnet.runtime import UserError
+from seresnet.runtime import DeviceFailed, UserError
 from test_loop import betons, folder_of, train, weights_hash    # noqa: F401 the first is a fixture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"))]
@@ -180,6 +181,9 @@ def test_a_recorded_update_of_muon_is_the_update_itself(device, nesterov):
     for _ in range(3):
         optimizer.step()
     assert optimizer.repeats.recordings == 3
+    another = copy.deepcopy(optimizer)
+    another.step()
+    assert another.repeats is None
 
 
 def test_a_parameter_without_a_gradient_is_left_alone_by_a_recorded_update():
@@ -286,7 +290,7 @@ def test_a_device_that_fails_is_told_with_the_way_on(betons, tmp_path, monkeypat
     def fails(*_):
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nSearch for `cudaErrorLaunchFailure'")
     monkeypatch.setattr(loop, "open_session", lambda *arguments: replace(whole(*arguments), replays=SimpleNamespace(of=lambda _: fails)))
-    with pytest.raises(UserError, match="^CUDA error: unspecified launch failure: the device has failed.* --run.resume FOLDER"):
+    with pytest.raises(DeviceFailed, match=f"^CUDA error: unspecified launch failure: the device has failed.* --run.resume {re.escape(str(tmp_path))}"):
         train(betons, tmp_path)
 
 
