@@ -1,7 +1,7 @@
 """What the host costs a step: python -m benchmarks.launches --config-file rn_configs/se94.yaml [--steps 20] [--rounds 5] [--out DIR]
 
-Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, and with the passes
-that Triton compiles for long trainings, in turns: seconds a step, how often the host starts something on the device, and how long the
+Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, with the passes that
+Triton compiles for long trainings, and with these while Muon's update is launched one by one, in turns: seconds a step, how often the host starts something on the device, and how long the
 device is at work. Where it idles, the host sets the pace. Without a CUDA GPU there are no graphs: then there is one row, of what the
 processor does by itself.
 """
@@ -21,6 +21,10 @@ from seresnet import config, report, runtime
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaMemsetAsync",
             "cudaGraphLaunch")
+
+# graphs, Triton, Muon's update replayed
+WAYS = {"graphs and Triton": (True, True, True), "and the update one by one": (True, True, False), "with graphs": (True, False, True),
+        "without": (False, False, False)}
 
 
 def opened(settings, device):
@@ -77,14 +81,14 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     device = device_of(settings)
-    # graphs, Triton
-    ways = ({"graphs and Triton": (True, True), "with graphs": (True, False), "without": (False, False)} if device.type == "cuda"
-            else {"on the processor": (False, False)})
+    ways = WAYS if device.type == "cuda" else {"on the processor": (False, False, False)}
     results, rows = {way: {"seconds": []} for way in ways}, []
     with ExitStack() as sessions:
         steppers = {}
-        for way, (graphs, triton) in ways.items():
+        for way, (graphs, triton, update) in ways.items():
             session = sessions.enter_context(opened(replace(settings, run=replace(settings.run, cuda_graphs=graphs)), device))
+            if not update and hasattr(session.optimizer, "repeats"):
+                session.optimizer.repeats = None
             steppers[way] = partial(steps, session, triton=triton)
             steppers[way](5)
         for _ in range(own.rounds):
