@@ -1,8 +1,8 @@
 """Train an SE-ResNet from FFCV files: python ffcv_train.py --config-file rn_configs/se94.yaml [--section.key value ...]
 
 Writes a run folder (resolved config, environment, log.jsonl, report.json, curves.png, weights and checkpoints) and prints
-one line an epoch. Exit status: 0 done, 2 something to mend in config, data or machine, 3 training diverged, 129, 130
-or 143 stopped by SIGHUP, SIGINT or SIGTERM: --run.resume FOLDER goes on.
+one line an epoch. Exit status: 0 done, 2 something to mend in config, data or machine, 3 training diverged, 5 the GPU or its driver
+failed, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM: after these --run.resume FOLDER goes on.
 """
 import argparse
 import sys

@@ -1,9 +1,9 @@
 """What the host costs a step: python -m benchmarks.launches --config-file rn_configs/se94.yaml [--steps 20] [--rounds 5] [--out DIR]
 
 Whole steps of the recipe's first epoch (augmentation, forwards, backwards, optimizer), with run.cuda_graphs on and off, with the passes that
-Triton compiles for long trainings, and with these while Muon's update is launched one by one, in turns: seconds a step, how often the host starts something on the device, and how long the
-device is at work. Where it idles, the host sets the pace. Without a CUDA GPU there are no graphs: then there is one row, of what the
-processor does by itself.
+Triton compiles for long trainings, and with these while Muon's update is launched one by one, in turns: seconds a step, how often the host
+starts something on the device, and how long the device is at work. Where it idles, the host sets the pace. Without a CUDA GPU there are no
+graphs: then there is one row, of what the processor does by itself.
 """
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from benchmarks import keep, problems_with
 from seresnet import beton, config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
+CRASHES = (runtime.DeviceFailed.status, *(-number for name in ("SIGSEGV", "SIGABRT", "SIGBUS") if (number := getattr(signal, name, None))))
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
 
 
@@ -90,10 +91,22 @@ class Trainings:
             process.send_signal(self._stopped)
 
     def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
-        """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. Raises
-        UserError where it fails, runtime.Interrupted where it was stopped, or would have been started after that."""
-        self._raise_if_stopped(folder)
+        """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. One whose
+        device fails, or that machine code ends, goes on once from the state that it saved last. Raises UserError where it fails,
+        runtime.Interrupted where it was stopped, or would have been started after that."""
         started = time.perf_counter()
+        status, told = self._run(arguments, folder)
+        if status in CRASHES and (folder / "last.pt").exists():
+            runtime.tell(f"{folder}: ended with status {status}: {told[-300:]}: goes on from the state that was saved last\n".encode())
+            status, told = self._run(["--run.resume", str(folder)], folder)
+        if status:
+            raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {status}: "
+                                    f"{told[-500:]}: what has ended is kept: start this again, it goes on where it was")
+        report.write_text(folder / "series.json", json.dumps({"seconds": time.perf_counter() - started, "jobs": jobs}) + "\n")
+
+    def _run(self, arguments: Sequence[str], folder: Path) -> tuple[int, str]:
+        """The status with which the program ended, and what it said of it."""
+        self._raise_if_stopped(folder)
         with subprocess.Popen([sys.executable, str(PROGRAM), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
             self._at_work.add(process)
@@ -106,9 +119,7 @@ class Trainings:
             if stopped_by in runtime.STOP_SIGNALS:    # perhaps it alone, or before we have heard of it: what would follow is not wanted either
                 self._stopped = self._stopped or stopped_by
             self._raise_if_stopped(folder)
-            raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {process.returncode}: "
-                                    f"{told.strip()[-500:]}: what has ended is kept: start this again, it goes on where it was")
-        report.write_text(folder / "series.json", json.dumps({"seconds": time.perf_counter() - started, "jobs": jobs}) + "\n")
+        return process.returncode, told.strip()
 
     def _raise_if_stopped(self, folder: Path) -> None:
         if self._stopped:

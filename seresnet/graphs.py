@@ -1,4 +1,4 @@
-"""A step's forward and backward pass recorded as a CUDA graph and replayed: one launch for hundreds of kernels."""
+"""A step's forward and backward pass, and what an optimizer does, recorded as CUDA graphs and replayed: one launch for hundreds of kernels."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

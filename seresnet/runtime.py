@@ -64,7 +64,9 @@ class NonFiniteLoss(RuntimeError):
 
 
 class DeviceFailed(UserError):
-    """The device, or its driver, failed, and this process can do no more with it."""
+    """The device, or its driver, failed, and this process can do no more with it. Programs exit with status 5: another may go on."""
+
+    status = 5
 
 
 class Interrupted(BaseException):
@@ -222,7 +224,7 @@ def tell(line: bytes) -> None:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run an entry point and turn its end into an exit status.
 
-    0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged,
+    0 done, 2 something the user can mend (message on stderr, no traceback), 3 the training diverged, 5 the device failed,
     129, 130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
     wait_briefly()    # most programs load torch in `main`; preview and export, which have it by now, compute little

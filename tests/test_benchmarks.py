@@ -339,6 +339,32 @@ def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_sav
     assert sum(begun) == at_work and saved == begun, "a training was killed while it saved, or begun after that"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="what ends by a signal has another status there")
+@pytest.mark.parametrize("crash, saved, times, message", [
+    ("sys.exit(5)", True, 1, None), ("os.kill(os.getpid(), signal.SIGSEGV)", True, 1, None), ("sys.exit(5)", True, 2, "ended with status 5: no device"),
+    ("sys.exit(5)", False, 1, "ended with status 5: no device"), ("sys.exit(2)", True, 1, "ended with status 2: no device")])
+def test_a_training_whose_device_fails_goes_on_once(tmp_path, monkeypatch, capfd, crash, saved, times, message):
+    folder = tmp_path / "seed-3"
+    folder.mkdir()
+    (tmp_path / "training.py").write_text(
+        "import os, pathlib, signal, sys\nlog = pathlib.Path('log')\ntold = log.read_text() if log.exists() else ''\n"
+        "log.write_text(told + ' '.join(sys.argv[1:]) + '\\n')\n"
+        f"if told.count('\\n') < {times}:\n    if {saved}: pathlib.Path('seed-3/last.pt').touch()\n"
+        f"    print('no device', file=sys.stderr, flush=True)\n    {crash}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time_to_accuracy, "PROGRAM", "training.py")
+    with time_to_accuracy.Trainings() as trainings:
+        if message:
+            with pytest.raises(runtime.UserError, match=f"^seed 3: the training {message}"):
+                trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
+        else:
+            trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
+    goes_on = saved and "exit(2)" not in crash
+    assert (tmp_path / "log").read_text().splitlines() == ["--run.folder seed-3", "--run.resume seed-3"][:1 + goes_on]
+    assert (folder / "series.json").exists() == (message is None)
+    assert ("no device: goes on from the state that was saved last" in capfd.readouterr().err) == goes_on
+
+
 def test_what_makes_a_series_another_one(tmp_path, make_split):
     for name, seed in (("a", 0), ("b", 1)):
         for split in ("train", "test"):
