@@ -6,6 +6,8 @@ shape. Sums are taken in an order that depends on shapes alone.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from triton import language as tl
@@ -229,6 +231,69 @@ def _gradients(gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, o
         tl.store(of_shortcut + place, scale * back, there)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _gates(total, pivot, mean, factor, rest, bias, squeeze, of_squeeze, excite, of_excite, means, hidden, gates, a, d, images, share, channels,
+           units, IMAGES: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr):
+    """squeeze (units, channels), excite (channels, units): SE's maps; of_squeeze, of_excite: their biases."""
+    image, unit = (tl.program_id(0) * IMAGES + tl.arange(0, IMAGES))[:, None], tl.arange(0, UNITS)
+    inner = tl.zeros([IMAGES, UNITS], tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        row, column, inside = channel[None, :], channel[:, None], (channel < channels)[None, :]
+        there = (image < images) & inside
+        from_mean = tl.load(total + image * channels + row, there, other=0) * share + (tl.load(pivot + row, inside, other=0)
+                                                                                      - tl.load(mean + row, inside, other=0))
+        value = from_mean * tl.load(factor + row, inside, other=0) + tl.load(bias + row, inside, other=0)
+        tl.store(means + image * channels + row, value, there)
+        weights = tl.load(squeeze + unit[None, :] * channels + column, (unit < units)[None, :] & (column < channels), other=0)
+        inner = tl.dot(tl.where(there, value, 0.0), weights, inner, input_precision="ieee")
+    inner += tl.load(of_squeeze + unit, unit < units, other=0)[None, :]
+    inner = tl.where(inner < 0, 0.0, inner)    # NaN stays
+    tl.store(hidden + image * units + unit[None, :], inner, (image < images) & (unit < units)[None, :])
+    for start in range(0, channels, CHANNELS):
+        row = (start + tl.arange(0, CHANNELS))[None, :]
+        inside = row < channels
+        place, there = image * channels + row, (image < images) & inside
+        weights = tl.load(excite + row * units + unit[:, None], (unit < units)[:, None] & inside, other=0)
+        gate = tl.sigmoid(tl.dot(inner, weights, input_precision="ieee") + tl.load(of_excite + row, inside, other=0))
+        tl.store(gates + place, gate, there)
+        tl.store(a + place, gate * tl.load(factor + row, inside, other=0), there)
+        tl.store(d + place, gate * tl.load(rest + row, inside, other=0), there)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _gates_back(total, product, seen, pivot, mean, factor, bias, squeeze, excite, hidden, gates, by_back, by_image, of_excited, of_squeezed,
+                images, share, channels, units, IMAGES: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr):
+    """of_excited (images, channels), of_squeezed (images, units): gradients of what either map gives, ahead of the sigmoid and of ReLU."""
+    image, unit = (tl.program_id(0) * IMAGES + tl.arange(0, IMAGES))[:, None], tl.arange(0, UNITS)
+    inner = tl.zeros([IMAGES, UNITS], tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        row, column, inside = channel[None, :], channel[:, None], (channel < channels)[None, :]
+        place, there = image * channels + row, (image < images) & inside
+        gate, scale = tl.load(gates + place, there, other=0), tl.load(factor + row, inside, other=0)
+        back = (scale * tl.load(product + place, there, other=0)
+                + tl.load(bias + row, inside, other=0) * tl.load(total + place, there, other=0)) * gate * (1.0 - gate)
+        tl.store(of_excited + place, back, there)
+        tl.store(by_back + place, gate * scale, there)
+        weights = tl.load(excite + column * units + unit[None, :], (unit < units)[None, :] & (column < channels), other=0)
+        inner = tl.dot(back, weights, inner, input_precision="ieee")
+    of_unit, used = image * units + unit[None, :], (image < images) & (unit < units)[None, :]
+    inner = tl.where(tl.load(hidden + of_unit, used, other=0) > 0, inner, 0.0)
+    tl.store(of_squeezed + of_unit, inner, used)
+    for start in range(0, channels, CHANNELS):
+        row = (start + tl.arange(0, CHANNELS))[None, :]
+        inside = row < channels
+        place, there = image * channels + row, (image < images) & inside
+        weights = tl.load(squeeze + unit[:, None] * channels + row, (unit < units)[:, None] & inside, other=0)
+        of_mean = tl.dot(inner, weights, input_precision="ieee")
+        from_mean = tl.load(seen + place, there, other=0) * share + (tl.load(pivot + row, inside, other=0) - tl.load(mean + row, inside, other=0))
+        gate = tl.load(gates + place, there, other=0)
+        tl.store(by_image + place, of_mean * (tl.load(factor + row, inside, other=0) * share), there)
+        tl.store(total + place, gate * tl.load(total + place, there, other=0) + of_mean, there)
+        tl.store(product + place, gate * tl.load(product + place, there, other=0) + of_mean * from_mean, there)
+
+
 def pool(x: torch.Tensor, pooled: torch.Tensor, taken: torch.Tensor) -> None:
     """As kernels.pool."""
     _, height, width, channels = x.shape
@@ -287,6 +352,54 @@ def gradients(gradient, x, shortcut, a, d, scale: float, of_value, constant, by_
     _run(_gradients, _tiles(images * size), channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
          images * size, size, channels, _per_image(a), ADDED=scale != 0,
          PIXELS=PIXELS)
+
+
+class Gating(NamedTuple):
+    """What the way back through squeeze-and-excitation takes of the way there."""
+
+    seen: torch.Tensor    # (B, C): sums of x - pivot over each image
+    pivot: torch.Tensor
+    mean: torch.Tensor
+    means: torch.Tensor    # (B, C): of the normalised images, what is squeezed
+    hidden: torch.Tensor    # (B, units): behind ReLU
+    gates: torch.Tensor    # (B, C)
+
+
+def takes_gate(gate: torch.nn.Module) -> bool:
+    """Whether `gates` computes this SqueezeExcitation: of float32, all of it trained, with few units."""
+    return gate.squeeze.out_features <= 64 and all(p.dtype == torch.float32 and p.requires_grad for p in gate.parameters())
+
+
+def gates(gate: torch.nn.Module, total: torch.Tensor, pivot: torch.Tensor, mean: torch.Tensor, factor: torch.Tensor, rest: torch.Tensor,
+          bias: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, Gating]:
+    """The gates of images of `size` pixels, normalised as factor * x + rest, from the sums (B, C) of their x - pivot: gate * factor and gate
+    * rest, (B, C) each, and what `gates_back` takes. All of it is float32."""
+    images, channels = total.shape
+    means, found, a, d = torch.empty(4, images, channels, dtype=torch.float32, device=total.device)
+    hidden = torch.empty(images, gate.squeeze.out_features, dtype=torch.float32, device=total.device)
+    _run_on_images(_gates, hidden, channels, total, pivot, mean, factor, rest, bias, gate.squeeze.weight, gate.squeeze.bias, gate.excite.weight,
+                   gate.excite.bias, means, hidden, found, a, d, size=size)
+    return a, d, Gating(total, pivot, mean, means, hidden, found)
+
+
+def gates_back(gate: torch.nn.Module, kept: Gating, total: torch.Tensor, product: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor,
+               size: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """by_back and by_image (B, C) of `gradients`, and the gradients of the gate's parameters. total and product (B, C): what `gradient_sums`
+    gives, made here what the statistics take."""
+    by_back, by_image, of_excited = torch.empty(3, *total.shape, dtype=torch.float32, device=total.device)
+    of_squeezed = torch.empty_like(kept.hidden)
+    _run_on_images(_gates_back, kept.hidden, total.shape[1], total, product, kept.seen, kept.pivot, kept.mean, factor, bias, gate.squeeze.weight,
+                   gate.excite.weight, kept.hidden, kept.gates, by_back, by_image, of_excited, of_squeezed, size=size)
+    return by_back, by_image, [of_squeezed.T @ kept.means, of_squeezed.sum(0), of_excited.T @ kept.hidden, of_excited.sum(0)]
+
+
+def _run_on_images(kernel, hidden: torch.Tensor, channels: int, *arguments, size: int) -> None:
+    """A program for every 16 images, the fewest that a matrix product takes."""
+    images, units = hidden.shape
+    if images:
+        with torch.cuda.device_of(hidden):
+            kernel[(triton.cdiv(images, 16),)](*arguments, images, 1 / size, channels, units, IMAGES=16, CHANNELS=64,
+                                               UNITS=max(16, triton.next_power_of_2(units)))
 
 
 def _per_image(a: torch.Tensor) -> int:

@@ -74,14 +74,9 @@ class _FewPasses(torch.autograd.Function):
         run.sums(_flat(x), pivot, total, squares)
         mean, deviation, factor, rest = run.statistics(norm, total, squares, pivot, images * size)
         a, d = factor[None], rest[None]
-        ctx.gating = None
+        ctx.gate, ctx.gating = gate, None
         if gate:
-            from_mean = total / size + (pivot - mean)    # of each image
-            mean_of_image = from_mean * factor + bias
-            with torch.enable_grad():
-                gates = gate.gate(mean_of_image.requires_grad_())
-            a, d = a * gates.detach(), d * gates.detach()
-            ctx.gating = from_mean, mean_of_image, gates
+            a, d, ctx.gating = _gates_by(run, gate)[0](gate, total, pivot, mean, factor, rest, bias, size)
         ctx.scale, ctx.run = scale, run
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
         return _activated(x, shortcut, a, d, scale)
@@ -97,21 +92,47 @@ class _FewPasses(torch.autograd.Function):
         run.gradient_sums(*seen, mean, total, product)
         by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
         if ctx.gating:
-            from_mean, mean_of_image, gates = ctx.gating
-            wanted = [i for i, parameter in enumerate(of_gate) if parameter.requires_grad]
-            of_mean, *found = torch.autograd.grad(gates, [mean_of_image, *(of_gate[i] for i in wanted)],
-                                                  (factor * product + bias * total).to(gates.dtype), retain_graph=True)
-            for i, of_parameter in zip(wanted, found):
-                of_parameters[i] = of_parameter
-            gates = gates.detach().float()
-            by_back, by_image = gates * factor, of_mean * (factor / size)
-            total, product = gates * total + of_mean, gates * product + of_mean * from_mean
+            by_back, by_image, of_parameters = _gates_by(run, ctx.gate)[1](ctx.gate, ctx.gating, total, product, factor, bias, size)
         of_weight, of_bias, of_value, constant = run.gradient_statistics(total, product, weight, mean, deviation, images * size)
         constant = constant[None] if by_image is None else by_image + constant
         of_x = torch.empty_like(x)
         of_shortcut = None if shortcut is None else torch.empty_like(shortcut)
         run.gradients(*seen, of_value, constant, by_back, _flat(of_x), _flat(of_x if shortcut is None else of_shortcut))
         return None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
+
+
+def _gates_by(run, gate: nn.Module) -> tuple:
+    """Squeeze-and-excitation there and back: the passes' own where they have it for this gate, else by torch."""
+    return (run.gates, run.gates_back) if hasattr(run, "gates") and run.takes_gate(gate) else (_gates, _gates_back)
+
+
+def _gates(gate: nn.Module, total: torch.Tensor, pivot: torch.Tensor, mean: torch.Tensor, factor: torch.Tensor, rest: torch.Tensor,
+           bias: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, tuple]:
+    """The gates of images of `size` pixels, normalised as factor * x + rest, from the sums (B, C) of their x - pivot: gate * factor and gate
+    * rest, (B, C) each, and what `_gates_back` takes."""
+    from_mean = total / size + (pivot - mean)    # of each image
+    mean_of_image = from_mean * factor + bias
+    with torch.enable_grad():
+        gates = gate.gate(mean_of_image.requires_grad_())
+    return factor * gates.detach(), rest * gates.detach(), (from_mean, mean_of_image, gates)
+
+
+def _gates_back(gate: nn.Module, kept: tuple, total: torch.Tensor, product: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor,
+                size: int) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Factors (B, C) of what comes back, and what is added to it, an image; the gradients of the gate's parameters, None of those that have
+    none. total and product (B, C), sums of what comes back, are made those that the statistics take."""
+    from_mean, mean_of_image, gates = kept
+    parameters = list(gate.parameters())
+    wanted = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    of_mean, *found = torch.autograd.grad(gates, [mean_of_image, *(parameters[i] for i in wanted)],
+                                          (factor * product + bias * total).to(gates.dtype), retain_graph=True)
+    of_parameters = [None] * len(parameters)
+    for i, of_parameter in zip(wanted, found):
+        of_parameters[i] = of_parameter
+    gates = gates.detach().float()
+    total.mul_(gates).add_(of_mean)
+    product.mul_(gates).addcmul_(of_mean, from_mean)
+    return gates * factor, of_mean * (factor / size), of_parameters
 
 
 def _flat(images: torch.Tensor) -> torch.Tensor:

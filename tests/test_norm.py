@@ -105,6 +105,19 @@ def test_in_float32_it_is_what_float64_makes_within_float32s_rounding(shape, wit
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()) + 2e-6), (mine - theirs).abs().max()
 
 
+@pytest.mark.parametrize("compiled_for", ["triton"], indirect=True)
+@pytest.mark.parametrize("trained", [True, False])
+def test_gates_are_computed_in_passes_of_their_own_where_all_of_them_is_trained(trained, always, device, monkeypatch):
+    calls, by_torch = [], norm._gates
+    monkeypatch.setattr(norm, "_gates", lambda *arguments: calls.append(arguments) or by_torch(*arguments))
+    layer, gate = (part.to(device) for part in layers(12, True))
+    x = images(5, 12, 3, 3, seed=0, dtype=torch.float32, device=device).requires_grad_()
+    gate.squeeze.bias.requires_grad_(trained)
+    norm.normalise(x, layer, nn.GELU(), gate).sum().backward()
+    assert len(always) == 1 and len(calls) == (not trained)
+    assert (gate.squeeze.bias.grad is not None) == trained and gate.excite.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.015), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("gated", [False, True])
