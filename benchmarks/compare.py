@@ -123,6 +123,7 @@ def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, co
                 error = raised.with_traceback(None)
             tell(folder, error, failed)
             if isinstance(error, runtime.DeviceFailed):
+                failed.append("the trainings behind it were not begun: start this again")
                 break
     return failed
 

@@ -96,7 +96,7 @@ class Trainings:
         runtime.Interrupted where it was stopped, or would have been started after that."""
         started = time.perf_counter()
         status, told = self._run(arguments, folder)
-        if status in CRASHES and (folder / "last.pt").exists():
+        if status in CRASHES and (folder / "last.pt").exists() and not (folder / "report.json").exists():
             runtime.tell(f"{folder}: ended with status {status}: {told[-300:]}: goes on from the state that was saved last\n".encode())
             status, told = self._run(["--run.resume", str(folder)], folder)
         if status:
@@ -152,12 +152,15 @@ class OneProgram:
             fit(settings, sys.argv, Program(self._count, begun))
         except runtime.Interrupted as stopped:
             raise runtime.Interrupted(f"interrupted in {folder}: {way_on}", stopped.status - 128) from stopped
+        except OSError:    # a full disk, or nobody who reads: the program's, not the training's
+            raise
         except Exception as error:    # also a defect, which ends this training alone
             told = "; ".join(getattr(error, "problems", (str(error),)))
             if not isinstance(error, (runtime.UserError, runtime.NonFiniteLoss)):
                 traceback.print_exc()
                 told = f"{type(error).__name__}: {told}"
-            kind = runtime.DeviceFailed if isinstance(error, runtime.DeviceFailed) else runtime.UserError
+            dead = isinstance(error, runtime.DeviceFailed) or not runtime.cuda_answers()
+            kind = runtime.DeviceFailed if dead else runtime.UserError
             failed = kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {way_on}")
             traceback.clear_frames(error.__traceback__)    # which hold the session
         gc.collect()    # so do cycles: what its steps are recorded in, on a GPU its memory
@@ -203,9 +206,10 @@ def read_report(folder: Path) -> dict:
     series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     machine = [environment, *environment.get("resumed", [])][-1].get("machine", environment["machine"])    # that of its end
     processor = machine.get("gpu", "a GPU") if outcome["run_device"].startswith("cuda") else machine["processor"]
-    noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() and not outcome["resumed"] else {}
+    noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() else {}
+    before, noted = noted.get("before_in_program"), {} if outcome["resumed"] else noted
     return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
-            "before_in_program": noted.get("before_in_program"), "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
+            "before_in_program": before, "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
 def timed(runs: Sequence[dict]) -> list[dict]:

@@ -198,7 +198,9 @@ def _try_on(passes: ModuleType, device: torch.device) -> None:
             passes.gradient_sums(x, x, x, a[None], d[None], scale, mean, rows, rows.clone())
             *_, of_value, constant = passes.gradient_statistics(rows, rows, norm.weight, mean, deviation, 8)
             passes.gradients(x, x, x, a[None], d[None], scale, of_value, constant[None], a[None], x.clone(), x.clone())
-        gate = SimpleNamespace(squeeze=torch.nn.Linear(32, 2), excite=torch.nn.Linear(2, 32))
+        # not torch's own layers: they would draw from the generator that a training's dropout draws from
+        gate = SimpleNamespace(squeeze=SimpleNamespace(weight=torch.zeros(2, 32), bias=torch.zeros(2), out_features=2),
+                               excite=SimpleNamespace(weight=torch.zeros(32, 2), bias=torch.zeros(32)))
         *_, kept = passes.gates(gate, rows, mean, mean, a, d, d, 4)
-        passes.gates_back(gate, kept, rows, rows.clone(), a, d, 4)
+        passes.gates_back(gate, kept, rows.clone(), rows.clone(), a, d, 4)
     torch.cuda.synchronize(device)

@@ -367,7 +367,8 @@ class Gating(NamedTuple):
 
 def takes_gate(gate: torch.nn.Module) -> bool:
     """Whether `gates` computes this SqueezeExcitation: of float32, all of it trained, with few units."""
-    return gate.squeeze.out_features <= 64 and all(p.dtype == torch.float32 and p.requires_grad for p in gate.parameters())
+    return gate.squeeze.out_features <= 64 and all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous()
+                                                     for p in gate.parameters())
 
 
 def gates(gate: torch.nn.Module, total: torch.Tensor, pivot: torch.Tensor, mean: torch.Tensor, factor: torch.Tensor, rest: torch.Tensor,
@@ -379,7 +380,7 @@ def gates(gate: torch.nn.Module, total: torch.Tensor, pivot: torch.Tensor, mean:
     hidden = torch.empty(images, gate.squeeze.out_features, dtype=torch.float32, device=total.device)
     _run_on_images(_gates, hidden, channels, total, pivot, mean, factor, rest, bias, gate.squeeze.weight, gate.squeeze.bias, gate.excite.weight,
                    gate.excite.bias, means, hidden, found, a, d, size=size)
-    return a, d, Gating(total, pivot, mean, means, hidden, found)
+    return a, d, Gating(total, pivot.clone(), mean, means, hidden, found)    # in float32 the pivot is a part of x, which is not to be kept by it
 
 
 def gates_back(gate: torch.nn.Module, kept: Gating, total: torch.Tensor, product: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor,

@@ -494,8 +494,9 @@ def device_failure_explained(device: torch.device, folder: Path) -> Iterator[Non
     """A block of a run in `folder`, of which an error that leaves the device useless for this process is told with the way on."""
     try:
         yield
-    except torch.AcceleratorError as error:
-        if runtime.is_out_of_memory(error) or device.type == "cuda" and runtime.answers(device):
+    except RuntimeError as error:    # also of a library's call, or of a recording, that came upon it first
+        failed = not runtime.cuda_answers() if device.type == "cuda" else isinstance(error, torch.AcceleratorError)
+        if runtime.is_out_of_memory(error) or not failed:
             raise
         raise runtime.DeviceFailed(
             f"{str(error).partition(chr(10))[0]}: the device has failed, and this program can do no more with it: go on with --run.resume {folder} "

@@ -76,7 +76,8 @@ class _FewPasses(torch.autograd.Function):
         a, d = factor[None], rest[None]
         ctx.gate, ctx.gating = gate, None
         if gate:
-            a, d, ctx.gating = _gates_by(run, gate)[0](gate, total, pivot, mean, factor, rest, bias, size)
+            there, ctx.gates_back = _gates_by(run, gate)
+            a, d, ctx.gating = there(gate, total, pivot, mean, factor, rest, bias, size)
         ctx.scale, ctx.run = scale, run
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
         return _activated(x, shortcut, a, d, scale)
@@ -92,7 +93,7 @@ class _FewPasses(torch.autograd.Function):
         run.gradient_sums(*seen, mean, total, product)
         by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
         if ctx.gating:
-            by_back, by_image, of_parameters = _gates_by(run, ctx.gate)[1](ctx.gate, ctx.gating, total, product, factor, bias, size)
+            by_back, by_image, of_parameters = ctx.gates_back(ctx.gate, ctx.gating, total, product, factor, bias, size)
         of_weight, of_bias, of_value, constant = run.gradient_statistics(total, product, weight, mean, deviation, images * size)
         constant = constant[None] if by_image is None else by_image + constant
         of_x = torch.empty_like(x)

@@ -538,11 +538,12 @@ def memory_explained(device: torch.device, doing: str, way_out: str) -> Iterator
                         f"are free: {way_out}; nothing was tried again") from error
 
 
-def answers(device: torch.device) -> bool:
-    """Whether a CUDA `device` still works for this process: after some errors nothing does."""
+def cuda_answers() -> bool:
+    """Whether the CUDA device that this process works on still does, true where it works on none: after some errors nothing works there."""
     import torch
     try:
-        torch.cuda.synchronize(device)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError:
         return False
     return True

@@ -260,7 +260,7 @@ def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monke
     assert [seed for seed, _ in begun] == [1, 2, 3] and {program.trainings for _, program in begun} == {7}
     assert begun[0][1].begun == 0 < begun[1][1].begun < begun[2][1].begun
     assert json.loads((tmp_path / "seed-2/series.json").read_text())["before_in_program"] == 1 and not (tmp_path / "seed-1/series.json").exists()
-    assert len(failed) == 2 and "seed 1: RuntimeError: one\nof ours: what has ended is kept" in failed[0] and "seed 3: no device" in failed[1]
+    assert len(failed) == 3 and "not begun" in failed[2] and "seed 1: RuntimeError: one\nof ours: what has ended is kept" in failed[0] and "seed 3: no device" in failed[1]
     assert "RuntimeError: one" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*comparison[0], "--one-program", "--variant", "--run.threads 1"])
     with pytest.raises(runtime.UserError, match="--run.threads 1': changes what is settled once in a program"):

@@ -58,7 +58,7 @@ def few(shape, compiled_for):
     return (9, *shape[1:]) if shape[0] == 40 and compiled_for.kind == "triton" and compiled_for.device.type == "cpu" else shape
 
 
-SHAPES = [(40, 64, 13, 13), (70, 33, 3, 3), (3, 5, 1, 7), (2, 1, 4, 4), (130, 8, 1, 1), (1, 6, 5, 5)]
+SHAPES = [(40, 64, 13, 13), (18, 126, 2, 2), (70, 33, 3, 3), (3, 5, 1, 7), (2, 1, 4, 4), (130, 8, 1, 1), (1, 6, 5, 5)]
 
 
 @pytest.mark.parametrize("gated", [False, True])
