@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with
-from benchmarks.time_to_accuracy import OneProgram, Trainings, accuracy_figures, arguments_of, names_seed, read_report
+from benchmarks.time_to_accuracy import OneProgram, Trainings, accuracy_figures, arguments_of, names_seed, paid_for_others, read_report
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -114,17 +114,17 @@ def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, co
     """As `run_all`, one after the other in this program, of `count` trainings with those that have ended before. Where the device fails,
     no other is begun."""
     failed: list[str] = []
-    with OneProgram(settings, count) as trainings:
-        for arguments, folder in todo:
-            error = None
-            try:
-                trainings.run(arguments, folder)
-            except runtime.UserError as raised:
-                error = raised.with_traceback(None)
-            tell(folder, error, failed)
-            if isinstance(error, runtime.DeviceFailed):
-                failed.append("the trainings behind it were not begun: start this again")
-                break
+    trainings = OneProgram(settings, count)
+    for arguments, folder in todo:
+        error = None
+        try:
+            trainings.run(arguments, folder)
+        except runtime.UserError as raised:
+            error = raised.with_traceback(None)
+        tell(folder, error, failed)
+        if isinstance(error, runtime.DeviceFailed):
+            failed.append("the trainings behind it were not begun: start this again")
+            break
     return failed
 
 
@@ -147,7 +147,7 @@ def row(runs: Mapping[int, dict], base: Mapping[int, dict]) -> dict:
     at the same images); 1 where all are 0, None for fewer than two pairs. `train_seconds` is None where a run was not alone, or was
     interrupted, or where the only one paid for the start of a program of several, which others are free of.
     """
-    shared, timed = [seed for seed in runs if seed in base], [run for run in runs.values() if run.get("before_in_program") != 0]
+    shared, timed = [seed for seed in runs if seed in base], [run for run in runs.values() if not paid_for_others(run)]
     pairs = [runs[seed]["accuracy_tta"] - base[seed]["accuracy_tta"] for seed in shared]
     differences = accuracy_figures(pairs, 0.0) if pairs and runs is not base else None
     no_gain = differences["probability_below_target"] if differences else None

@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -31,6 +32,7 @@ from seresnet import beton, config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
 CRASHES = (runtime.DeviceFailed.status, *(-number for name in ("SIGSEGV", "SIGABRT", "SIGBUS") if (number := getattr(signal, name, None))))
+WAY_ON = "start this again, it goes on where it was"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
 
 
@@ -101,7 +103,7 @@ class Trainings:
             status, told = self._run(["--run.resume", str(folder)], folder)
         if status:
             raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {status}: "
-                                    f"{told[-500:]}: what has ended is kept: start this again, it goes on where it was")
+                                    f"{told[-500:]}: what has ended is kept: {WAY_ON}")
         report.write_text(folder / "series.json", json.dumps({"seconds": time.perf_counter() - started, "jobs": jobs}) + "\n")
 
     def _run(self, arguments: Sequence[str], folder: Path) -> tuple[int, str]:
@@ -123,7 +125,7 @@ class Trainings:
 
     def _raise_if_stopped(self, folder: Path) -> None:
         if self._stopped:
-            raise runtime.Interrupted(f"interrupted in {folder}: start this again, it goes on where it was", self._stopped)
+            raise runtime.Interrupted(f"interrupted in {folder}: {WAY_ON}", self._stopped)
 
 
 class OneProgram:
@@ -134,12 +136,6 @@ class OneProgram:
             runtime.tune_allocator(settings.run.device)    # before torch is loaded: it may start the program again
         self._count, self._begun = count, 0
 
-    def __enter__(self) -> OneProgram:
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
     def run(self, arguments: Sequence[str], folder: Path) -> None:
         """As Trainings.run: raises UserError where it fails, for whatever reason, runtime.Interrupted where it was stopped; DeviceFailed,
         which is a UserError, where no other training can follow in this program."""
@@ -147,11 +143,11 @@ class OneProgram:
         settings, _ = config.parse(list(arguments), argparse.ArgumentParser())
         before, begun = self._begun, report.seconds_since_process_start() if self._begun else 0.0
         self._begun += 1
-        failed, way_on = None, "start this again, it goes on where it was"
+        failed = None
         try:
             fit(settings, sys.argv, Program(self._count, begun))
         except runtime.Interrupted as stopped:
-            raise runtime.Interrupted(f"interrupted in {folder}: {way_on}", stopped.status - 128) from stopped
+            raise runtime.Interrupted(f"interrupted in {folder}: {WAY_ON}", stopped.status - 128) from stopped
         except OSError:    # a full disk, or nobody who reads: the program's, not the training's
             raise
         except Exception as error:    # also a defect, which ends this training alone
@@ -161,7 +157,7 @@ class OneProgram:
                 told = f"{type(error).__name__}: {told}"
             dead = isinstance(error, runtime.DeviceFailed) or not runtime.cuda_answers()
             kind = runtime.DeviceFailed if dead else runtime.UserError
-            failed = kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {way_on}")
+            failed = kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {WAY_ON}")
             traceback.clear_frames(error.__traceback__)    # which hold the session
         gc.collect()    # so do cycles: what its steps are recorded in, on a GPU its memory
         if failed:
@@ -212,10 +208,14 @@ def read_report(folder: Path) -> dict:
             "before_in_program": before, "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
 
+def paid_for_others(run: dict) -> bool:
+    """Whether it began a program of several, and paid for its start. JSON of earlier days does not say how many came before."""
+    return run.get("before_in_program") == 0
+
+
 def timed(runs: Sequence[dict]) -> list[dict]:
-    """Those of `runs` whose times are to be compared: all but those that paid for the start of a program of several, unless there are no
-    others. JSON of earlier days does not say how many came before."""
-    return [run for run in runs if run.get("before_in_program") != 0] or list(runs)
+    """Those of `runs` whose times are to be compared: all but those that paid for others, unless there are no others."""
+    return [run for run in runs if not paid_for_others(run)] or list(runs)
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
@@ -269,7 +269,7 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
     if any(run["before_in_program"] for run in runs):
         lines.append("several in one program, which pays for its start in the first, whose times the medians leave out: seed "
-                     + ", ".join(str(run["seed"]) for run in runs if run["before_in_program"] == 0))
+                     + ", ".join(str(run["seed"]) for run in runs if paid_for_others(run)))
     lines.append("on " + ", ".join(sorted({run["machine"] for run in runs})))
     medians = {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS}
     lines.append("median seconds: " + ", ".join(f"{part.removesuffix('_seconds')} {value:.1f}" for part, value in medians.items()))
@@ -294,7 +294,7 @@ def main() -> None:
     if problems:
         raise runtime.UserError(*problems)
     runs = []
-    with OneProgram(settings, own.seeds) if own.one_program else Trainings() as trainings:
+    with nullcontext(OneProgram(settings, own.seeds)) if own.one_program else Trainings() as trainings:
         for seed in range(own.first_seed, own.first_seed + own.seeds):
             run = run_seed(trainings, settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
             runs.append(run)

@@ -64,12 +64,19 @@ def bell_and_share(u):
 
 
 @triton.jit
+def half_more(u, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, C4: tl.constexpr, C5: tl.constexpr,
+              C6: tl.constexpr, C7: tl.constexpr, C8: tl.constexpr):
+    """Half more than the odd polynomial of these coefficients (gelu.odd_polynomial), at u."""
+    u = tl.minimum(tl.maximum(u, -END), END)
+    v = u * u * PER_SQUARE - 1.0
+    return 0.5 + u * (C0 + v * (C1 + v * (C2 + v * (C3 + v * (C4 + v * (C5 + v * (C6 + v * (C7 + v * C8))))))))
+
+
+@triton.jit
 def normal_share(u, ROUGH: tl.constexpr):
     """That share. ROUGH: within 4e-5, by a polynomial, for bfloat16; of NaN it is some number."""
     if ROUGH:
-        u = tl.minimum(tl.maximum(u, -END), END)
-        v = u * u * PER_SQUARE - 1.0
-        share = 0.5 + u * (P0 + v * (P1 + v * (P2 + v * (P3 + v * (P4 + v * (P5 + v * (P6 + v * (P7 + v * P8))))))))
+        share = half_more(u, P0, P1, P2, P3, P4, P5, P6, P7, P8)
     else:
         _, share = bell_and_share(u)
     return share
@@ -79,9 +86,7 @@ def normal_share(u, ROUGH: tl.constexpr):
 def gelu_slope(u, ROUGH: tl.constexpr):
     """The derivative of gelu at u. ROUGH: within 6e-4, where half of bfloat16's step at 1 is 2e-3."""
     if ROUGH:
-        u = tl.minimum(tl.maximum(u, -END), END)
-        v = u * u * PER_SQUARE - 1.0
-        slope = 0.5 + u * (S0 + v * (S1 + v * (S2 + v * (S3 + v * (S4 + v * (S5 + v * (S6 + v * (S7 + v * S8))))))))
+        slope = half_more(u, S0, S1, S2, S3, S4, S5, S6, S7, S8)
     else:
         bell, share = bell_and_share(u)
         slope = share + 0.3989422804014327 * u * bell

@@ -85,17 +85,16 @@ class Repeats:
     def run(self, work: Callable[[], None], tensors: Iterable[torch.Tensor], constants: Hashable) -> None:
         """Do `work`, which reads and changes `tensors` and what else always lies where it is, and depends on no number but `constants`."""
         key = (tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors), constants)
-        if key in self._replays:
-            self._replays[key]()
-        elif key not in self._seen:
+        if key not in self._seen:
             self._seen.add(key)
             work()
-        else:
+            return
+        if key not in self._replays:
             def without_results() -> Sequence[torch.Tensor]:
                 work()
                 return ()
             self._replays[key], _ = _recorded(self._record, without_results)
-            self._replays[key]()
+        self._replays[key]()
 
 
 def _recorded(record: Recorder, work: Callable[[], Sequence[torch.Tensor]]) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:

@@ -1,6 +1,8 @@
 """Batch normalisation and what follows it: layer by layer, and in fewer passes over memory where that sets the pace."""
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -74,10 +76,11 @@ class _FewPasses(torch.autograd.Function):
         run.sums(_flat(x), pivot, total, squares)
         mean, deviation, factor, rest = run.statistics(norm, total, squares, pivot, images * size)
         a, d = factor[None], rest[None]
-        ctx.gate, ctx.gating = gate, None
+        ctx.gates_back = None
         if gate:
-            there, ctx.gates_back = _gates_by(run, gate)
-            a, d, ctx.gating = there(gate, total, pivot, mean, factor, rest, bias, size)
+            there, back = _gates_by(run, gate)
+            a, d, kept = there(gate, total, pivot, mean, factor, rest, bias, size)
+            ctx.gates_back = partial(back, gate, kept)
         ctx.scale, ctx.run = scale, run
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
         return _activated(x, shortcut, a, d, scale)
@@ -89,11 +92,11 @@ class _FewPasses(torch.autograd.Function):
         images, size = len(x), x.shape[2] * x.shape[3]
         run, channels, factor = ctx.run, x.shape[1], weight * deviation
         seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale))
-        total, product = (weight.new_empty(images if ctx.gating else min(run.ROWS, images), channels) for _ in range(2))
+        total, product = (weight.new_empty(images if ctx.gates_back else min(run.ROWS, images), channels) for _ in range(2))
         run.gradient_sums(*seen, mean, total, product)
         by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
-        if ctx.gating:
-            by_back, by_image, of_parameters = ctx.gates_back(ctx.gate, ctx.gating, total, product, factor, bias, size)
+        if ctx.gates_back:
+            by_back, by_image, of_parameters = ctx.gates_back(total, product, factor, bias, size)
         of_weight, of_bias, of_value, constant = run.gradient_statistics(total, product, weight, mean, deviation, images * size)
         constant = constant[None] if by_image is None else by_image + constant
         of_x = torch.empty_like(x)
