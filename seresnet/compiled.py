@@ -122,16 +122,17 @@ def passes() -> SimpleNamespace | None:
 
 
 def _try(passes: SimpleNamespace, kind: type) -> None:
-    """Every pass once, with little, in the kind of bits that trainings take on this CPU unless told otherwise."""
+    """Every pass once, with little, in the kind of bits that trainings take on this CPU unless told otherwise, and with GELU: what is
+    compiled for other kinds, or a ReLU, is so where it is first needed."""
     images, one, byte = (np.zeros((1, 2, 2, 1), kind) for kind in (kind, kind, np.uint8))
     pooled, taken, x = one[:, ::2, ::2].copy(), byte[:, ::2, ::2].copy(), np.zeros((1, 4, 1), kind)
     rows, channel, scale = np.zeros((1, 1), np.float32), np.zeros(1, np.float32), 0.0
     passes.pool(images, pooled, taken)
     passes.unpool(pooled, taken, images)
     passes.sums(x, channel, rows, rows.copy())
-    passes.activate(x, x, rows, rows, scale, x.copy())
-    passes.gradient_sums(x, x, x, rows, rows, scale, channel, rows.copy(), rows.copy())
-    passes.gradients(x, x, x, rows, rows, scale, channel, rows, rows, x.copy(), x.copy())
+    passes.activate(x, x, rows, rows, scale, None, x.copy())
+    passes.gradient_sums(x, x, x, rows, rows, scale, None, channel, rows.copy(), rows.copy())
+    passes.gradients(x, x, x, rows, rows, scale, None, channel, rows, rows, x.copy(), x.copy())
     if kind is np.int32:    # of float32 alone
         image, places = np.zeros((1, 1, 1, 1), np.float32), np.zeros((25, 1, 1), np.float32)
         passes.patches(image, 1, 1, 1, places)
@@ -194,10 +195,10 @@ def _try_on(passes: ModuleType, device: torch.device) -> None:
         passes.sums(x, rows[0], rows, rows.clone())
         mean, deviation, a, d = passes.statistics(norm, rows, rows, rows[0], 8)
         for scale in (0.0, 0.3):
-            passes.activate(x, x, a[None], d[None], scale, x.clone())
-            passes.gradient_sums(x, x, x, a[None], d[None], scale, mean, rows, rows.clone())
+            passes.activate(x, x, a[None], d[None], scale, None, x.clone())
+            passes.gradient_sums(x, x, x, a[None], d[None], scale, None, mean, rows, rows.clone())
             *_, of_value, constant = passes.gradient_statistics(rows, rows, norm.weight, mean, deviation, 8)
-            passes.gradients(x, x, x, a[None], d[None], scale, of_value, constant[None], a[None], x.clone(), x.clone())
+            passes.gradients(x, x, x, a[None], d[None], scale, None, of_value, constant[None], a[None], x.clone(), x.clone())
         # not torch's own layers: they would draw from the generator that a training's dropout draws from
         gate = SimpleNamespace(squeeze=SimpleNamespace(weight=torch.zeros(2, 32), bias=torch.zeros(2), out_features=2),
                                excite=SimpleNamespace(weight=torch.zeros(32, 2), bias=torch.zeros(32)))

@@ -46,8 +46,8 @@ def part(rows, images, size, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def before_gelu(value, shortcut, a, d, place, there, scale, ADDED: tl.constexpr):
-    """What GELU is taken of."""
+def before_activation(value, shortcut, a, d, place, there, scale, ADDED: tl.constexpr):
+    """What the activation is taken of."""
     u = a * value + d
     if ADDED:
         u += scale * tl.load(shortcut + place, there, other=0).to(tl.float32)
@@ -73,24 +73,29 @@ def half_more(u, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.co
 
 
 @triton.jit
-def normal_share(u, ROUGH: tl.constexpr):
-    """That share. ROUGH: within 4e-5, by a polynomial, for bfloat16; of NaN it is some number."""
-    if ROUGH:
-        share = half_more(u, P0, P1, P2, P3, P4, P5, P6, P7, P8)
+def activated(u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
+    """As kernels.activated. ROUGH, for bfloat16: GELU within 4e-5 of u, by a polynomial; of NaN it is some number."""
+    if BELOW is not None:
+        result = tl.where(u <= 0, BELOW * u if BELOW != 0 else 0.0, u)
+    elif ROUGH:
+        result = u * half_more(u, P0, P1, P2, P3, P4, P5, P6, P7, P8)
     else:
         _, share = bell_and_share(u)
-    return share
+        result = u * share
+    return result
 
 
 @triton.jit
-def gelu_slope(u, ROUGH: tl.constexpr):
-    """The derivative of gelu at u. ROUGH: within 6e-4, where half of bfloat16's step at 1 is 2e-3."""
-    if ROUGH:
-        slope = half_more(u, S0, S1, S2, S3, S4, S5, S6, S7, S8)
+def slope(u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
+    """The derivative at u. ROUGH: GELU's within 6e-4, where half of bfloat16's step at 1 is 2e-3."""
+    if BELOW is not None:
+        result = tl.where(u <= 0, BELOW, 1.0)
+    elif ROUGH:
+        result = half_more(u, S0, S1, S2, S3, S4, S5, S6, S7, S8)
     else:
         bell, share = bell_and_share(u)
-        slope = share + 0.3989422804014327 * u * bell
-    return slope
+        result = share + 0.3989422804014327 * u * bell
+    return result
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -177,17 +182,17 @@ def _statistics(total, squares, pivot, weight, bias, running_mean, running_var, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADDED: tl.constexpr, PIXELS: tl.constexpr,
+def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADDED: tl.constexpr, BELOW: tl.constexpr, PIXELS: tl.constexpr,
               CHANNELS: tl.constexpr):
     pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
-    u = before_gelu(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
-    tl.store(y + place, u * normal_share(u, x.dtype.element_ty == tl.bfloat16), there)
+    u = before_activation(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
+    tl.store(y + place, activated(u, BELOW, x.dtype.element_ty == tl.bfloat16), there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image, ADDED: tl.constexpr,
+def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image, ADDED: tl.constexpr, BELOW: tl.constexpr,
                    PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     row, first, last, channel, inside = part(rows, images, size, channels, CHANNELS)
     factor = row * per_image + channel    # where images have factors of their own, a row is an image
@@ -198,8 +203,8 @@ def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, row
         there = (pixel < last) & inside
         place = pixel * channels + channel
         value = tl.load(x + place, there, other=0).to(tl.float32)
-        u = before_gelu(value, shortcut, for_one, rest, place, there, scale, ADDED)
-        back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u, x.dtype.element_ty == tl.bfloat16)    # 0 where nothing is
+        u = before_activation(value, shortcut, for_one, rest, place, there, scale, ADDED)
+        back = tl.load(gradient + place, there, other=0).to(tl.float32) * slope(u, BELOW, x.dtype.element_ty == tl.bfloat16)    # 0 where nothing is
         sum_ += back
         moment += back * (value - middle)
     tl.store(total + row * channels + channel, tl.sum(sum_, 0)[None, :], inside)
@@ -224,12 +229,12 @@ def _gradient_statistics(total, product, weight, mean, deviation, of_weight, of_
 
 @triton.jit(do_not_specialize=COUNTS)
 def _gradients(gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale, count, size, channels, per_image,
-               ADDED: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+               ADDED: tl.constexpr, BELOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
-    u = before_gelu(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
-    back = tl.load(gradient + place, there, other=0).to(tl.float32) * gelu_slope(u, x.dtype.element_ty == tl.bfloat16)
+    u = before_activation(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
+    back = tl.load(gradient + place, there, other=0).to(tl.float32) * slope(u, BELOW, x.dtype.element_ty == tl.bfloat16)
     result = tl.load(by_back + factor, there, other=0) * back + tl.load(of_value + channel, there, other=0) * value
     tl.store(of_x + place, result + tl.load(constant + factor, there, other=0), there)
     if ADDED:
@@ -328,19 +333,19 @@ def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.T
     return mean, deviation, a, d
 
 
-def activate(x, shortcut, a, d, scale: float, y) -> None:
+def activate(x, shortcut, a, d, scale: float, below: float | None, y) -> None:
     """As kernels.activate."""
     images, size, channels = x.shape
-    _run(_activate, _tiles(images * size), channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0,
+    _run(_activate, _tiles(images * size), channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0, BELOW=below,
          PIXELS=PIXELS)
 
 
-def gradient_sums(gradient, x, shortcut, a, d, scale: float, mean, total, product) -> None:
+def gradient_sums(gradient, x, shortcut, a, d, scale: float, below: float | None, mean, total, product) -> None:
     """As kernels.gradient_sums. Where images have factors of their own in a and d, they have sums of their own."""
     (images, size, channels), rows = x.shape, len(total)
     assert rows == images or len(a) == 1
     _run(_gradient_sums, rows, channels, gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels,
-         _per_image(a), ADDED=scale != 0, **_shape(size, images, rows, channels))
+         _per_image(a), ADDED=scale != 0, BELOW=below, **_shape(size, images, rows, channels))
 
 
 def gradient_statistics(total, product, weight, mean, deviation, count: int) -> tuple[torch.Tensor, ...]:
@@ -351,11 +356,11 @@ def gradient_statistics(total, product, weight, mean, deviation, count: int) -> 
     return tuple(results)
 
 
-def gradients(gradient, x, shortcut, a, d, scale: float, of_value, constant, by_back, of_x, of_shortcut) -> None:
+def gradients(gradient, x, shortcut, a, d, scale: float, below: float | None, of_value, constant, by_back, of_x, of_shortcut) -> None:
     """As kernels.gradients."""
     images, size, channels = x.shape
     _run(_gradients, _tiles(images * size), channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
-         images * size, size, channels, _per_image(a), ADDED=scale != 0,
+         images * size, size, channels, _per_image(a), ADDED=scale != 0, BELOW=below,
          PIXELS=PIXELS)
 
 

@@ -83,7 +83,8 @@ def fine_gelu_slope(u):
     return fine(SLOPE, u)
 
 
-# The five below are chosen by the type of `bits`, when numba compiles what calls them.
+# The five below are chosen by the type of `bits`, when numba compiles what calls them, and two of them by that of `below`: None for GELU, a
+# number for a ReLU, by which it multiplies what is below 0 (0, or that of a leaky one).
 
 def number(bits):
     """The float32 of these bits."""
@@ -93,12 +94,12 @@ def coded(value, bits):
     """A float32's bits, of the same type as `bits`."""
 
 
-def share(u, bits):
-    """`normal_share`, as closely as `bits` can tell."""
+def activated(u, bits, below):
+    """The activation of u, as closely as `bits` can tell."""
 
 
-def slope(u, bits):
-    """`gelu_slope`, as closely as `bits` can tell."""
+def slope(u, bits, below):
+    """Its derivative at u."""
 
 
 def order(bits):
@@ -123,19 +124,25 @@ def order_of(bits):
     return lambda bits: int32(int32(bits ^ ((bits >> int32(31)) & int32(0x7fffffff))) - int32(0x7fffff))
 
 
-@overload(share, inline="always")
-def share_as(u, bits):
-    return (lambda u, bits: normal_share(u)) if bits == int16 else lambda u, bits: fine_normal_share(u)
+@overload(activated, inline="always")
+def activated_by(u, bits, below):
+    """Numba's choice of `activated`."""
+    if below != types.none:
+        return lambda u, bits, below: (float32(below) * u if below != 0 else ZERO) if u <= ZERO else u    # 0 of -infinity, NaN of NaN
+    return (lambda u, bits, below: u * normal_share(u)) if bits == int16 else lambda u, bits, below: u * fine_normal_share(u)
 
 
 @overload(slope, inline="always")
-def slope_as(u, bits):
-    return (lambda u, bits: gelu_slope(u)) if bits == int16 else lambda u, bits: fine_gelu_slope(u)
+def slope_by(u, bits, below):
+    """Numba's choice of `slope`."""
+    if below != types.none:
+        return lambda u, bits, below: float32(below) if u <= ZERO else ONE
+    return (lambda u, bits, below: gelu_slope(u)) if bits == int16 else lambda u, bits, below: fine_gelu_slope(u)
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def before_gelu(value, a, d, scale, shortcut):
-    """What GELU is taken of, of one value of x and the bits of its shortcut."""
+def before_activation(value, a, d, scale, shortcut):
+    """What the activation is taken of, of one value of x and the bits of its shortcut."""
     added = scale * number(shortcut)
     return a * value + d + (added if scale != ZERO else ZERO)    # nothing of an infinity
 
@@ -171,7 +178,8 @@ def unpool(gradient, taken, spread):
 
 
 # The four passes of normalisation work on activation(a * x + d + scale * shortcut): a and d, (1, C) or (B, C), hold the
-# normalisation and, where there is one, the gate of each image. Without a shortcut, x stands for it, and scale is 0.
+# normalisation and, where there is one, the gate of each image. Without a shortcut, x stands for it, and scale is 0. below says which
+# activation it is.
 
 def sums(x, pivot, total, squares):
     """Sums of x - pivot and of its square, float32 (R, C): one row for each B / R images in turn."""
@@ -188,19 +196,19 @@ def sums(x, pivot, total, squares):
                     squares[row, c] += value * value
 
 
-def activate(x, shortcut, a, d, scale, y):
-    """gelu(a * x + d + scale * shortcut) into y."""
+def activate(x, shortcut, a, d, scale, below, y):
+    """activation(a * x + d + scale * shortcut) into y."""
     count, pixels, channels = x.shape
     factor = float32(scale)
     for image in numba.prange(count):
         row = image % len(a)
         for p in range(pixels):
             for c in range(channels):
-                u = before_gelu(number(x[image, p, c]), a[row, c], d[row, c], factor, shortcut[image, p, c])
-                y[image, p, c] = coded(u * share(u, x[image, p, c]), x[image, p, c])
+                u = before_activation(number(x[image, p, c]), a[row, c], d[row, c], factor, shortcut[image, p, c])
+                y[image, p, c] = coded(activated(u, x[image, p, c], below), x[image, p, c])
 
 
-def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
+def gradient_sums(gradient, x, shortcut, a, d, scale, below, mean, total, product):
     """Of what comes back through the activation: sums, and those of its product with x - mean; rows as in `sums`."""
     rows, channels = total.shape
     count, pixels = x.shape[0], x.shape[1]
@@ -213,13 +221,13 @@ def gradient_sums(gradient, x, shortcut, a, d, scale, mean, total, product):
             for p in range(pixels):
                 for c in range(channels):
                     value = number(x[image, p, c])
-                    u = before_gelu(value, a[own, c], d[own, c], factor, shortcut[image, p, c])
-                    back = number(gradient[image, p, c]) * slope(u, x[image, p, c])
+                    u = before_activation(value, a[own, c], d[own, c], factor, shortcut[image, p, c])
+                    back = number(gradient[image, p, c]) * slope(u, x[image, p, c], below)
                     total[row, c] += back
                     product[row, c] += back * (value - mean[c])
 
 
-def gradients(gradient, x, shortcut, a, d, scale, of_value, constant, by_back, of_x, of_shortcut):
+def gradients(gradient, x, shortcut, a, d, scale, below, of_value, constant, by_back, of_x, of_shortcut):
     """Of what comes back through the activation: by_back * it + of_value * x + constant into of_x, scale * it into of_shortcut."""
     count, pixels, channels = x.shape
     factor = float32(scale)
@@ -228,8 +236,8 @@ def gradients(gradient, x, shortcut, a, d, scale, of_value, constant, by_back, o
         for p in range(pixels):
             for c in range(channels):
                 value = number(x[image, p, c])
-                u = before_gelu(value, a[row, c], d[row, c], factor, shortcut[image, p, c])
-                back = number(gradient[image, p, c]) * slope(u, x[image, p, c])
+                u = before_activation(value, a[row, c], d[row, c], factor, shortcut[image, p, c])
+                back = number(gradient[image, p, c]) * slope(u, x[image, p, c], below)
                 of_x[image, p, c] = coded(by_back[row, c] * back + of_value[c] * value + constant[row, c], x[image, p, c])
                 if factor != 0:
                     of_shortcut[image, p, c] = coded(factor * back, x[image, p, c])

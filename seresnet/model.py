@@ -70,7 +70,7 @@ def through(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
     layers = list(layers)
     while layers:
         layer = layers.pop(0)
-        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[0], nn.GELU):
+        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[0], (nn.GELU, nn.ReLU, nn.LeakyReLU)):
             x = normalise(x, layer, layers.pop(0))
         else:
             x = layer(x)

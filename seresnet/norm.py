@@ -21,13 +21,14 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     """
     if (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
-            and type(activation) is nn.GELU and activation.approximate == "none"
+            and (type(activation) in (nn.ReLU, nn.LeakyReLU) or type(activation) is nn.GELU and activation.approximate == "none")
             and (shortcut is None or abs(scale) > LEAST_SCALE and shortcut.dtype == x.dtype and shortcut.shape == x.shape
                  and shortcut.is_contiguous(memory_format=torch.channels_last))
             and (norm.training or not torch.is_grad_enabled()) and worth_it(x)):
+        below = {nn.GELU: None, nn.ReLU: 0.0}.get(type(activation), getattr(activation, "negative_slope", None))
         if not norm.training:
-            return _evaluated(norm, gate, scale, x, shortcut)
-        return _FewPasses.apply(norm, gate, scale, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
+            return _evaluated(norm, gate, scale, below, x, shortcut)
+        return _FewPasses.apply(norm, gate, scale, below, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))
     x = norm(x)
     if gate is not None:
         x = gate(x)
@@ -36,20 +37,22 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     return activation(x)
 
 
-def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
-    """`normalise` with the running statistics and GELU, without gradients, in one pass over memory; with gate another looks at the means."""
+def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, below: float | None, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+    """`normalise` with the running statistics, without gradients, in one pass over memory; with gate another looks at the means."""
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
     a, d = factor[None], (norm.bias - norm.running_mean * factor)[None]
     if gate:
         gates = gate.gate(x.mean((2, 3), dtype=torch.float32) * a + d).float()
         a, d = a * gates, d * gates
-    return _activated(x, shortcut, a, d, scale)
+    return _activated(x, shortcut, a, d, scale, below)
 
 
-def _activated(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float) -> torch.Tensor:
-    """gelu(a * x + d + scale * shortcut); a, d: (1, C), or (B, C) with a gate's."""
+def _activated(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: torch.Tensor, scale: float,
+               below: float | None) -> torch.Tensor:
+    """activation(a * x + d + scale * shortcut); a, d: (1, C), or (B, C) with a gate's. below: None for GELU, of a ReLU the factor of what is
+    negative."""
     y = torch.empty_like(x)
-    passes_for(x).activate(_flat(x), *_added(x, shortcut, a, d, scale), _flat(y))
+    passes_for(x).activate(_flat(x), *_added(x, shortcut, a, d, scale), below, _flat(y))
     return y
 
 
@@ -59,7 +62,7 @@ def _added(x: torch.Tensor, shortcut: torch.Tensor | None, a: torch.Tensor, d: t
 
 
 class _FewPasses(torch.autograd.Function):
-    """`normalise` of a training with GELU, in two passes over memory forwards and two backwards. Both ways together that is 8 reads and
+    """`normalise` of a training, in two passes over memory forwards and two backwards. Both ways together that is 8 reads and
     writes of x's size instead of the 13 of layer by layer, and with gate and shortcut 12 instead of 33.
 
     The first pass of either kind sums over the pixels of each image, from which follow the statistics of the batch, the mean that
@@ -68,7 +71,7 @@ class _FewPasses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
+    def forward(ctx, norm: nn.BatchNorm2d, gate, scale: float, below: float | None, x, shortcut, weight, bias, *of_gate) -> torch.Tensor:
         images, size = len(x), x.shape[2] * x.shape[3]
         run, channels = passes_for(x), x.shape[1]
         total, squares = (weight.new_empty(images if gate else min(run.ROWS, images), channels) for _ in range(2))
@@ -81,9 +84,9 @@ class _FewPasses(torch.autograd.Function):
             there, back = _gates_by(run, gate)
             a, d, kept = there(gate, total, pivot, mean, factor, rest, bias, size)
             ctx.gates_back = partial(back, gate, kept)
-        ctx.scale, ctx.run = scale, run
+        ctx.scale, ctx.below, ctx.run = scale, below, run
         ctx.save_for_backward(x, shortcut, weight, bias, mean, deviation, a, d, *of_gate)
-        return _activated(x, shortcut, a, d, scale)
+        return _activated(x, shortcut, a, d, scale, below)
 
     @staticmethod
     @once_differentiable
@@ -91,7 +94,7 @@ class _FewPasses(torch.autograd.Function):
         x, shortcut, weight, bias, mean, deviation, a, d, *of_gate = ctx.saved_tensors
         images, size = len(x), x.shape[2] * x.shape[3]
         run, channels, factor = ctx.run, x.shape[1], weight * deviation
-        seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale))
+        seen = (_flat(gradient), _flat(x), *_added(x, shortcut, a, d, ctx.scale), ctx.below)
         total, product = (weight.new_empty(images if ctx.gates_back else min(run.ROWS, images), channels) for _ in range(2))
         run.gradient_sums(*seen, mean, total, product)
         by_back, by_image, of_parameters = factor[None], None, [None] * len(of_gate)
@@ -102,7 +105,7 @@ class _FewPasses(torch.autograd.Function):
         of_x = torch.empty_like(x)
         of_shortcut = None if shortcut is None else torch.empty_like(shortcut)
         run.gradients(*seen, of_value, constant, by_back, _flat(of_x), _flat(of_x if shortcut is None else of_shortcut))
-        return None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
+        return None, None, None, None, of_x, of_shortcut, of_weight, of_bias, *of_parameters
 
 
 def _gates_by(run, gate: nn.Module) -> tuple:

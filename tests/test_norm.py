@@ -80,6 +80,26 @@ def test_it_is_what_float64_makes_layer_by_layer(shape, with_shortcut, gated, al
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.015), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5)], ids=str)
+@pytest.mark.parametrize("gated, with_shortcut", [(False, False), (True, True)])
+def test_so_it_is_with_rectified_linear_units(gated, with_shortcut, activation, dtype, tolerance, always, device):
+    x, shortcut = images(20, 33, 3, 3, seed=0, dtype=dtype) * 2, images(20, 33, 3, 3, seed=2, dtype=dtype) if with_shortcut else None
+    kept = x.clone()
+    got, expected = (train(x, shortcut, gated, device, exact, activation=activation) for exact in (False, True))
+    assert len(always) == 1 and torch.equal(x, kept)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()) + 2e-6), (mine - theirs).abs().max()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1)], ids=str)
+def test_the_slope_at_zero_is_torchs(activation, always, device):
+    x = torch.zeros(4, 3, 5, 5).to(device, memory_format=torch.channels_last).requires_grad_()
+    layer = nn.BatchNorm2d(3).to(device)    # without shifts: all is 0
+    norm.normalise(x, layer, activation).sum().backward()
+    assert always and torch.allclose(layer.bias.grad.cpu(), torch.full((3,), 100.0 * getattr(activation, "negative_slope", 0)))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("compiled_for", ["triton"], indirect=True)
 @pytest.mark.parametrize("gated, with_shortcut", [(False, False), (True, True)])
@@ -157,6 +177,16 @@ def test_what_is_infinite_or_far_away_is_what_the_formula_makes_of_it(with_short
     assert torch.allclose(y[some], expected[some], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True), (y, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.125)], ids=str)
+def test_rectified_linear_units_of_what_is_not_finite_are_torchs(activation, dtype, always, device):
+    layer, x = nn.BatchNorm2d(1, eps=0).eval().to(device), torch.tensor([float("inf"), 3, 0.0, -0.0, -2, -1e30, float("-inf"), float("nan"), 1e30])
+    x = x.view(1, 1, 3, 3).to(device, dtype).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        y = norm.normalise(x, layer, activation)
+    assert torch.equal(y.isnan(), x.isnan()) and torch.equal(y.nan_to_num(5), activation(x).nan_to_num(5)), (y, activation(x))
+
+
 def test_statistics_keep_their_digits_where_the_mean_is_large(always, compiled_for, device):
     x = (images(50, 4, 6, 6, seed=0) * 8 + 3000).to(torch.bfloat16)    # steps of 16: a few different values
     got, expected = train(x, None, False, device), train(x, None, False, exact=True)
@@ -213,7 +243,7 @@ def test_a_shortcut_of_another_shape_is_refused_as_torch_refuses_it(always):
 
 def test_numba_is_not_loaded_for_what_it_cannot_do(always, monkeypatch):
     monkeypatch.setattr(compiled, "passes_for", lambda x: pytest.fail("loaded"))
-    norm.normalise(images(5, 6, 4, 4, seed=0).requires_grad_(), nn.BatchNorm2d(6), nn.ReLU())
+    norm.normalise(images(5, 6, 4, 4, seed=0).requires_grad_(), nn.BatchNorm2d(6), nn.SiLU())
 
 
 class Other(nn.BatchNorm2d):
@@ -242,12 +272,13 @@ def test_the_layers_themselves_do_it_elsewhere(why, always, monkeypatch):
     assert torch.equal(norm.normalise(x, layer, activation, None, shortcut, 0.3), expected) and not always
 
 
-@pytest.mark.parametrize("downsample, depth", [("pool", 1), ("pool", 3), ("stride", 2)])
-def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, always, device, compiled_for, monkeypatch):
+@pytest.mark.parametrize("downsample, depth, activation", [("pool", 1, "gelu"), ("pool", 3, "gelu"), ("stride", 2, "gelu"), ("stride", 2, "relu"),
+                                                           ("pool", 1, "leaky_relu")])
+def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, activation, always, device, compiled_for, monkeypatch):
     """The names are those of checkpoints written before."""
     torch.manual_seed(0)
     net = SEResNet(blocks=[1, 1], channels=[16, 24], classes=10, image_size=16, block_depth=depth, downsample=downsample, se="block",
-                   activation="gelu", se_reduction=2, shortcut_scale=0.3).to(device, memory_format=torch.channels_last)
+                   activation=activation, se_reduction=2, shortcut_scale=0.3).to(device, memory_format=torch.channels_last)
     count = 16 if compiled_for.kind == "triton" and device.type == "cpu" else 64    # of which Triton's interpreter takes a minute
     x = images(count, 3, 16, 16, seed=0, device=device)
     start, results = {k: v.clone() for k, v in net.state_dict().items()}, []
@@ -265,10 +296,13 @@ def test_a_net_trains_alike_either_way_and_keeps_its_names(downsample, depth, al
         net.train()
     assert len(always) == 1 + 2 * (depth + (downsample == "pool"))    # every normalisation, the stem's first
     mine, layers_, exact = results
+    # What a rectified unit of a small number is depends on its rounding: of twelve such nets as near as 0.959 (ours) and 0.961 (torch's
+    # layers in bfloat16), 0.963 to each other, and on average as far from float64 as torch's.
+    nearest = 0.98 if activation == "gelu" else 0.95
     if device.type == "cpu":    # one kind of convolution, by which both ways round alike
-        assert not {name for name in mine if not nn.functional.cosine_similarity(mine[name], layers_[name], dim=0) > 0.98}
+        assert not {name for name in mine if not nn.functional.cosine_similarity(mine[name], layers_[name], dim=0) > nearest}
     near = {name: [float(nn.functional.cosine_similarity(way[name], exact[name], dim=0)) for way in (mine, layers_)] for name in exact}
     # Units of squeeze are few, and one that rounding turns on or off for an image shows: of twelve nets its gradients were as near as 0.955
-    # (ours) and 0.970 (torch's layers in bfloat16), all others at least 0.988.
-    assert not {name: ways for name, ways in near.items() if not (ways[0] > (0.93 if "squeeze" in name else 0.98) or ways[0] > ways[1] - 0.005)}
+    # (ours) and 0.970 (torch's layers in bfloat16), all others, of GELU, at least 0.988.
+    assert not {name: ways for name, ways in near.items() if not (ways[0] > (0.93 if "squeeze" in name else nearest) or ways[0] > ways[1] - 0.005)}
     assert {"stem.0.weight", "stages.0.0.weight" if downsample == "pool" else "stages.0.0.branch.0.weight", "head.weight"} <= set(mine)
