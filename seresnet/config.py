@@ -195,7 +195,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Loop:
-    epochs: int = key(200, "passes over the training images", at_least=1)
+    epochs: int = key(200, "passes over the training images", at_least=1, at_most=1_000_000)
     hardest: list[float] = key((), "shares of the images, the hardest so far, each for an equal share of the epochs; empty: all",
                                above=0, at_most=1, lengths=range(1025))
     sync_norm: bool = key(True, "several processes normalise by the whole batch, as one does; false: each by its own share")

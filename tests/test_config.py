@@ -62,7 +62,7 @@ def test_values_that_are_understood(name, given, value):
     ("model.blocks", [], "list of integer"), ("model.blocks", "1,x", "list of integer"),
     ("model.blocks", [1] * 9, "list"), ("optim.betas", [0.9], "list of number"),
     ("optim.lr", 1e-300, "number > 0"), ("optim.lr", 1e31, "number > 0"), ("run.device", "cuda:100", "like auto"),
-    ("loop.epochs", 2**63, "integer >= 1"), ("run.folder", "a\0b", "printable text"), ("model.channels", [10**6], "<= 65536"),
+    ("run.seed", 2**63, "integer >= 0"), ("loop.epochs", 10**6 + 1, "<= 1000000"), ("run.folder", "a\0b", "printable text"), ("model.channels", [10**6], "<= 65536"),
     ("run.device", "gpu", "like auto"), ("sources.path", 3, "text"), ("optim.name", "SGD", "one of sgd, adamw"),
     ("model", 3, "no such key"), ("model.blocks", {"a": 1}, "no such key"),
 ])
