@@ -98,27 +98,35 @@ def passes() -> SimpleNamespace | None:
     except Exception:    # not there, or broken, in whatever way: torch can do all that is done here
         return None
 
+    def compiled_by_numba(function, keep):
+        return numba.njit(function, parallel=True, cache=keep, fastmath={"contract"})
+
     def threaded(function):
+        passing = None
+
         def call(*arguments):
+            nonlocal passing
             arrays = [_array(value) if isinstance(value, torch.Tensor) else value for value in arguments]
             threads = torch.get_num_threads()
             numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
             torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
-            function(*arrays)
+            try:
+                passing = passing or compiled_by_numba(function, True)
+                passing(*arrays)
+            except Exception:    # a cache that cannot be written, or read, is no reason to do without
+                passing = compiled_by_numba(function, False)
+                passing(*arrays)
         return call
 
     functions = (kernels.pool, kernels.unpool, kernels.sums, kernels.activate, kernels.gradient_sums, kernels.gradients,
                  kernels.patches, kernels.patches_back, kernels.outputs, kernels.outputs_back)
-    for keep in (True, False):    # a cache that cannot be written, or read, is no reason to do without
-        try:
-            found = SimpleNamespace(**{function.__name__: threaded(numba.njit(function, parallel=True, cache=keep, fastmath={"contract"}))
-                                       for function in functions})
-            found.ROWS, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
-            _try(found, np.int16 if has_bf16() else np.int32)
-            return found if numba.threading_layer() in ("omp", "tbb") else None
-        except Exception:    # numba raises what a disk, a damaged file or a setting of its own leads it to
-            continue
-    return None
+    found = SimpleNamespace(**{function.__name__: threaded(function) for function in functions})
+    found.ROWS, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
+    try:
+        _try(found, np.int16 if has_bf16() else np.int32)
+        return found if numba.threading_layer() in ("omp", "tbb") else None
+    except Exception:    # numba raises what a setting of its own leads it to
+        return None
 
 
 def _try(passes: SimpleNamespace, kind: type) -> None:

@@ -74,7 +74,7 @@ def half_more(u, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.co
 
 @triton.jit
 def activated(u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
-    """As kernels.activated. ROUGH, for bfloat16: GELU within 4e-5 of u, by a polynomial; of NaN it is some number."""
+    """As kernels.activated. ROUGH, for bfloat16: GELU within 4e-5 of u, by a polynomial."""
     if BELOW is not None:
         result = tl.where(u <= 0, BELOW * u if BELOW != 0 else 0.0, u)
     elif ROUGH:
@@ -86,15 +86,15 @@ def activated(u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
 
 
 @triton.jit
-def slope(u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
-    """The derivative at u. ROUGH: GELU's within 6e-4, where half of bfloat16's step at 1 is 2e-3."""
+def back_through(gradient, u, BELOW: tl.constexpr, ROUGH: tl.constexpr):
+    """As kernels.back_through. ROUGH: GELU's derivative within 6e-4, where half of bfloat16's step at 1 is 2e-3; that of NaN is some number."""
     if BELOW is not None:
-        result = tl.where(u <= 0, BELOW, 1.0)
+        result = tl.where(u <= 0, BELOW * gradient if BELOW != 0 else 0.0, gradient)
     elif ROUGH:
-        result = half_more(u, S0, S1, S2, S3, S4, S5, S6, S7, S8)
+        result = gradient * half_more(u, S0, S1, S2, S3, S4, S5, S6, S7, S8)
     else:
         bell, share = bell_and_share(u)
-        result = share + 0.3989422804014327 * u * bell
+        result = gradient * (share + 0.3989422804014327 * u * bell)
     return result
 
 
@@ -182,8 +182,8 @@ def _statistics(total, squares, pivot, weight, bias, running_mean, running_var, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADDED: tl.constexpr, BELOW: tl.constexpr, PIXELS: tl.constexpr,
-              CHANNELS: tl.constexpr):
+def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADDED: tl.constexpr, BELOW: tl.constexpr,
+              PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     pixel, channel, there = tile(count, channels, PIXELS, CHANNELS)
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
@@ -192,8 +192,8 @@ def _activate(x, shortcut, a, d, y, scale, count, size, channels, per_image, ADD
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image, ADDED: tl.constexpr, BELOW: tl.constexpr,
-                   PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, rows, images, size, channels, per_image,
+                   ADDED: tl.constexpr, BELOW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     row, first, last, channel, inside = part(rows, images, size, channels, CHANNELS)
     factor = row * per_image + channel    # where images have factors of their own, a row is an image
     middle, for_one, rest = (tl.load(mean + channel, inside, other=0), tl.load(a + factor, inside, other=0), tl.load(d + factor, inside, other=0))
@@ -204,7 +204,7 @@ def _gradient_sums(gradient, x, shortcut, a, d, mean, total, product, scale, row
         place = pixel * channels + channel
         value = tl.load(x + place, there, other=0).to(tl.float32)
         u = before_activation(value, shortcut, for_one, rest, place, there, scale, ADDED)
-        back = tl.load(gradient + place, there, other=0).to(tl.float32) * slope(u, BELOW, x.dtype.element_ty == tl.bfloat16)    # 0 where nothing is
+        back = back_through(tl.load(gradient + place, there, other=0).to(tl.float32), u, BELOW, x.dtype.element_ty == tl.bfloat16)    # 0 where nothing is
         sum_ += back
         moment += back * (value - middle)
     tl.store(total + row * channels + channel, tl.sum(sum_, 0)[None, :], inside)
@@ -234,7 +234,7 @@ def _gradients(gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, o
     place, factor = pixel * channels + channel, pixel // size * per_image + channel
     value = tl.load(x + place, there, other=0).to(tl.float32)
     u = before_activation(value, shortcut, tl.load(a + factor, there, other=0), tl.load(d + factor, there, other=0), place, there, scale, ADDED)
-    back = tl.load(gradient + place, there, other=0).to(tl.float32) * slope(u, BELOW, x.dtype.element_ty == tl.bfloat16)
+    back = back_through(tl.load(gradient + place, there, other=0).to(tl.float32), u, BELOW, x.dtype.element_ty == tl.bfloat16)
     result = tl.load(by_back + factor, there, other=0) * back + tl.load(of_value + channel, there, other=0) * value
     tl.store(of_x + place, result + tl.load(constant + factor, there, other=0), there)
     if ADDED:
@@ -336,8 +336,8 @@ def statistics(norm: torch.nn.BatchNorm2d, total: torch.Tensor, squares: torch.T
 def activate(x, shortcut, a, d, scale: float, below: float | None, y) -> None:
     """As kernels.activate."""
     images, size, channels = x.shape
-    _run(_activate, _tiles(images * size), channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a), ADDED=scale != 0, BELOW=below,
-         PIXELS=PIXELS)
+    _run(_activate, _tiles(images * size), channels, x, shortcut, a, d, y, scale, images * size, size, channels, _per_image(a),
+         ADDED=scale != 0, BELOW=below, PIXELS=PIXELS)
 
 
 def gradient_sums(gradient, x, shortcut, a, d, scale: float, below: float | None, mean, total, product) -> None:
@@ -360,8 +360,7 @@ def gradients(gradient, x, shortcut, a, d, scale: float, below: float | None, of
     """As kernels.gradients."""
     images, size, channels = x.shape
     _run(_gradients, _tiles(images * size), channels, gradient, x, shortcut, a, d, of_value, constant, by_back, of_x, of_shortcut, scale,
-         images * size, size, channels, _per_image(a), ADDED=scale != 0, BELOW=below,
-         PIXELS=PIXELS)
+         images * size, size, channels, _per_image(a), ADDED=scale != 0, BELOW=below, PIXELS=PIXELS)
 
 
 class Gating(NamedTuple):

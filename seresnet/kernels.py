@@ -98,8 +98,8 @@ def activated(u, bits, below):
     """The activation of u, as closely as `bits` can tell."""
 
 
-def slope(u, bits, below):
-    """Its derivative at u."""
+def back_through(gradient, u, bits, below):
+    """The gradient of u: that of the activation times its derivative at u."""
 
 
 def order(bits):
@@ -127,17 +127,17 @@ def order_of(bits):
 @overload(activated, inline="always")
 def activated_by(u, bits, below):
     """Numba's choice of `activated`."""
-    if below != types.none:
-        return lambda u, bits, below: (float32(below) * u if below != 0 else ZERO) if u <= ZERO else u    # 0 of -infinity, NaN of NaN
+    if below != types.none:    # of a ReLU 0 of -infinity and, on the way back, of an infinite gradient; NaN of NaN
+        return lambda u, bits, below: (float32(below) * u if below != 0 else ZERO) if u <= ZERO else u
     return (lambda u, bits, below: u * normal_share(u)) if bits == int16 else lambda u, bits, below: u * fine_normal_share(u)
 
 
-@overload(slope, inline="always")
-def slope_by(u, bits, below):
-    """Numba's choice of `slope`."""
+@overload(back_through, inline="always")
+def back_through_by(gradient, u, bits, below):
+    """Numba's choice of `back_through`."""
     if below != types.none:
-        return lambda u, bits, below: float32(below) if u <= ZERO else ONE
-    return (lambda u, bits, below: gelu_slope(u)) if bits == int16 else lambda u, bits, below: fine_gelu_slope(u)
+        return lambda gradient, u, bits, below: (float32(below) * gradient if below != 0 else ZERO) if u <= ZERO else gradient
+    return (lambda gradient, u, bits, below: gradient * gelu_slope(u)) if bits == int16 else lambda gradient, u, bits, below: gradient * fine_gelu_slope(u)
 
 
 @numba.njit(inline="always", fastmath={"contract"})
@@ -222,7 +222,7 @@ def gradient_sums(gradient, x, shortcut, a, d, scale, below, mean, total, produc
                 for c in range(channels):
                     value = number(x[image, p, c])
                     u = before_activation(value, a[own, c], d[own, c], factor, shortcut[image, p, c])
-                    back = number(gradient[image, p, c]) * slope(u, x[image, p, c], below)
+                    back = back_through(number(gradient[image, p, c]), u, x[image, p, c], below)
                     total[row, c] += back
                     product[row, c] += back * (value - mean[c])
 
@@ -237,7 +237,7 @@ def gradients(gradient, x, shortcut, a, d, scale, below, of_value, constant, by_
             for c in range(channels):
                 value = number(x[image, p, c])
                 u = before_activation(value, a[row, c], d[row, c], factor, shortcut[image, p, c])
-                back = number(gradient[image, p, c]) * slope(u, x[image, p, c], below)
+                back = back_through(number(gradient[image, p, c]), u, x[image, p, c], below)
                 of_x[image, p, c] = coded(by_back[row, c] * back + of_value[c] * value + constant[row, c], x[image, p, c])
                 if factor != 0:
                     of_shortcut[image, p, c] = coded(factor * back, x[image, p, c])

@@ -19,13 +19,14 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     x, shortcut, result: (B, C, H, W). gate: a SqueezeExcitation. In few passes neither the layers' own hooks nor those of the gate
     are called.
     """
-    if (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    if (not torch.jit.is_tracing()    # first, so that a trace is not warned of what follows
+            and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
             and (type(activation) in (nn.ReLU, nn.LeakyReLU) or type(activation) is nn.GELU and activation.approximate == "none")
             and (shortcut is None or abs(scale) > LEAST_SCALE and shortcut.dtype == x.dtype and shortcut.shape == x.shape
                  and shortcut.is_contiguous(memory_format=torch.channels_last))
             and (norm.training or not torch.is_grad_enabled()) and worth_it(x)):
-        below = {nn.GELU: None, nn.ReLU: 0.0}.get(type(activation), getattr(activation, "negative_slope", None))
+        below = None if type(activation) is nn.GELU else float(getattr(activation, "negative_slope", 0))
         if not norm.training:
             return _evaluated(norm, gate, scale, below, x, shortcut)
         return _FewPasses.apply(norm, gate, scale, below, x, shortcut, norm.weight, norm.bias, *(gate.parameters() if gate else ()))

@@ -81,6 +81,38 @@ def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch
     assert (compiled.passes.__wrapped__() is not None) == works
 
 
+def test_what_is_first_compiled_in_a_training_does_without_a_cache_too(tmp_path):
+    """A pass with a ReLU, after those with GELU have been found to work."""
+    code = """
+import sys, torch
+from seresnet import compiled
+passes = compiled.passes()
+if passes is None:
+    sys.exit("skip")
+if sys.argv[1] == "full":
+    from numba.core import caching
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    caching.IndexDataCacheFile.save = full
+x, unit = torch.tensor([-2.0, -1, 0, 3]).view(1, 4, 1), torch.ones(1, 1)
+for _ in range(2):
+    y = torch.empty_like(x)
+    passes.activate(x, x, unit, 0 * unit, 0.0, 0.5, y)
+    assert y.flatten().tolist() == [-1, -0.5, 0, 3], y
+"""
+    def files_after(disk):
+        done = subprocess.run([sys.executable, "-c", code, disk], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                              env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+        if done.stderr.strip() == "skip":
+            pytest.skip("no numba here whose threads could be used")
+        assert done.returncode == 0, done.stderr
+        return sorted(tmp_path.rglob("*activate*.nbc"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files_after("full")) == 1    # GELU's
+    gelu, relu = files_after("free")
+    relu.write_bytes(relu.read_bytes()[:1000])
+    assert files_after("free") == [gelu, relu]
+
+
 @pytest.fixture
 def source(numba_passes):
     from seresnet import kernels
