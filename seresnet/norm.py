@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from seresnet import compiled
 from seresnet.compiled import passes_for, worth_it
 
+RECTIFIED = 4    # times as many elements as compiled.LEAST
 LEAST_SCALE = 1e-30    # of a shortcut: in the passes, which count in float32, a scale of 0 says that there is none
 
 
@@ -20,12 +22,10 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     are called.
     """
     if (not torch.jit.is_tracing()    # first, so that a trace is not warned of what follows
-            and type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
-            and norm.weight.dtype == norm.running_mean.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] > 1
-            and (type(activation) in (nn.ReLU, nn.LeakyReLU) or type(activation) is nn.GELU and activation.approximate == "none")
+            and _are_known(norm, activation) and x.shape[0] * x.shape[2] * x.shape[3] > 1
             and (shortcut is None or abs(scale) > LEAST_SCALE and shortcut.dtype == x.dtype and shortcut.shape == x.shape
                  and shortcut.is_contiguous(memory_format=torch.channels_last))
-            and (norm.training or not torch.is_grad_enabled()) and worth_it(x)):
+            and (norm.training or not torch.is_grad_enabled()) and _is_large(x, activation) and worth_it(x)):
         below = None if type(activation) is nn.GELU else float(getattr(activation, "negative_slope", 0))
         if not norm.training:
             return _evaluated(norm, gate, scale, below, x, shortcut)
@@ -36,6 +36,19 @@ def normalise(x: torch.Tensor, norm: nn.BatchNorm2d, activation: nn.Module, gate
     if shortcut is not None:
         x = torch.add(x, shortcut, alpha=scale)
     return activation(x)
+
+
+def _are_known(norm: nn.Module, activation: nn.Module) -> bool:
+    """Whether the passes compute what these layers do."""
+    return (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+            and norm.weight.dtype == norm.running_mean.dtype == torch.float32
+            and (type(activation) in (nn.ReLU, nn.LeakyReLU) or type(activation) is nn.GELU and activation.approximate == "none"))
+
+
+def _is_large(x: torch.Tensor, activation: nn.Module) -> bool:
+    """Whether x is so large that a ReLU's passes may pay, too: on a CPU they gain little over torch's, and take seconds to compile where they
+    are first needed, which a training of half a minute would feel."""
+    return x.is_cuda or type(activation) is nn.GELU or x.numel() >= RECTIFIED * compiled.LEAST
 
 
 def _evaluated(norm: nn.BatchNorm2d, gate, scale: float, below: float | None, x: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
