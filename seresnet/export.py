@@ -110,7 +110,7 @@ def main() -> int:
         raise UserError(*error.problems, "--data BETON names another whose images the file is checked on") from error
     images = beton.read_images(data, np.arange(min(CHECKED, data.samples)))
     path = Path(options.out) if options.out else net.path.parent / f"model{SUFFIXES[options.format]}"
-    report.check_writable(path)
+    report.check_writable(path, net.path, data.path, kinds=["." + SUFFIXES[options.format].rpartition(".")[2]])
     temporary = path.with_name(f"unfinished-{os.getpid()}{SUFFIXES[options.format]}")    # torch wants no leading dot
     try:
         export(net, options.format, temporary, options.tta)

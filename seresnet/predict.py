@@ -61,7 +61,7 @@ def main() -> None:
         parser.error(f"--header: got {options.header!r}, expected two names with a comma between them, such as id,label")
     to_stdout = options.out == "-"
     if not to_stdout:
-        report.check_writable(options.out)
+        report.check_writable(options.out, options.checkpoint, options.images)
     net = trained.load(options.checkpoint, options.device)
     sources = net.config["sources"]
     fit = (sources["fit"] if sources["image_size"] else "none") if options.fit == "auto" else options.fit

@@ -38,6 +38,9 @@ from seresnet.pictures import draw_curves, draw_runs
 from seresnet.runtime import UserError
 
 T = TypeVar("T")
+CHECKPOINTS = ("weights.pt", "best.pt", "last.pt")
+# What a mistyped name of a file to write may stand for, and nobody can make again.
+MISSED = {".pt", ".beton", ".pkl", ".pickle", ".npy", ".npz", ".bin", ".gz", ".tgz", ".zip", ".parquet", ".jsonl", ".yaml", *PICTURE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -346,8 +349,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def check_writable(path: Path | str) -> None:
-    """Raise UserError, before any work is done, where no file can be written at `path`."""
+def check_writable(path: Path | str, *read: Path | str, kinds: Sequence[str] = ()) -> None:
+    """Raise UserError, before any work is done, where no file can be written at `path`, or where one lies there that would be missed: one of
+    `read`, what the program reads; a run's checkpoint; or data, a picture or a recipe by its suffix, but those of `kinds`, which it writes."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected the name of a file to write")
@@ -363,6 +367,10 @@ def check_writable(path: Path | str) -> None:
         raise UserError(f"{path}: there is no folder {folder}: create it, or name another place")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{path}: cannot be written (Permission denied): name another place")
+    suffix = path.suffix.lower()
+    if path.exists() and (path.name in CHECKPOINTS or suffix in MISSED and suffix not in kinds
+                          or any(Path(source).exists() and path.samefile(source) for source in read)):
+        raise UserError(f"{path}: is there already, and not of the kind that is written here: name another file, or move that one away")
 
 
 def check_picture(path: Path | str) -> None:
@@ -371,7 +379,7 @@ def check_picture(path: Path | str) -> None:
         raise UserError(f"{path}: expected a name that ends in {', '.join(PICTURE_SUFFIXES)}")
     if not runtime.is_installed("matplotlib"):
         raise UserError(f"{path}: pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
-    check_writable(path)
+    check_writable(path, kinds=PICTURE_SUFFIXES)
 
 
 def create_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 import seresnet
 from conftest import COLOURS as CLASSES
 from conftest import run_module
-from seresnet import checkpoint, inputs
+from seresnet import checkpoint, inputs, report
 from seresnet.beton import write_beton
 from seresnet.files import SourceError
 from seresnet.imageset import Split
@@ -274,6 +274,26 @@ def test_a_link_to_a_file_stays_one(run, tmp_path):
     (tmp_path / "p.csv").symlink_to("there/real.csv")
     status, _, errors = predict(tmp_path, "--checkpoint", run[0], "--images", "x.npy", "--out", "p.csv")
     assert status == 0 and (tmp_path / "p.csv").is_symlink() and (tmp_path / "there/real.csv").read_text().startswith("ID,"), errors
+
+
+@pytest.mark.parametrize("name", ["hidden", "hidden.pkl", "weights.pt", "other.pt", "1.png", "x.beton"])
+def test_predictions_take_the_place_of_no_data_and_no_net(run, tmp_path, name):
+    (tmp_path / "hidden").write_bytes(pickle.dumps({b"data": run[1].images}, protocol=2))
+    if name != "hidden":
+        (tmp_path / name).write_bytes(b"mine")
+    before = (tmp_path / name).read_bytes()
+    keys = ("--checkpoint", run[0], "--images", "hidden", "--out")
+    status, _, errors = predict(tmp_path, *keys, name)
+    assert status == 2 and f"{name}: is there already, and not of the kind" in errors and (tmp_path / name).read_bytes() == before
+
+
+def test_what_is_written_again_takes_its_own_place(tmp_path):
+    for name, kinds in (("p.csv", ()), ("runs.png", (".png",)), ("model.torchscript.pt", (".pt",)), ("p", ())):
+        (tmp_path / name).touch()
+        report.check_writable(tmp_path / name, tmp_path / "nowhere", tmp_path, kinds=kinds)
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(UserError, match="best.pt: is there already"):
+        report.check_writable(tmp_path / "best.pt", kinds=(".pt",))
 
 
 @pytest.mark.parametrize("change, message", [
