@@ -174,7 +174,7 @@ def main() -> None:
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started
     found = measure(probabilities, labels)
-    report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, TTA {options.tta or net.tta}\n"
+    report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, {net.path}{net.progress}, TTA {options.tta or net.tta}\n"
                f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, calibration error {found['calibration_error']:.2%}\n")
     counts, shares = found["confusion"], {name: [f"{v:.1%}" if v == v else "-" for v in found[name]] for name in ("recall", "precision")}
     rows = list(zip(net.classes, map(str, counts.sum(1)), shares["recall"], shares["precision"]))

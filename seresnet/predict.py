@@ -78,7 +78,7 @@ def main() -> None:
     if found.left_out:
         report.say(found.left_out, aside=to_stdout)
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
-               f"{net.path}, TTA {options.tta or net.tta}: {options.out}", aside=to_stdout)
+               f"{net.path}{net.progress}, TTA {options.tta or net.tta}: {options.out}", aside=to_stdout)
 
 
 if __name__ == "__main__":

@@ -483,10 +483,12 @@ def labels(paths: Sequence[Path]) -> list[str]:
 def read_runs(folders: Sequence[Path | str]) -> list[dict]:
     """`label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
 
-    Raises UserError where none is one, or a file of one is damaged.
+    Raises UserError where none is one, or a file of one is damaged, or nothing is there.
     """
     runs, paths = [], []
     for folder in map(Path, folders):
+        if not folder.exists() and len(folders) > 1:    # of one alone it is said below where it was looked for
+            raise UserError(f"{folder}: does not exist (looked in {Path.cwd()})")
         if not (folder / "log.jsonl").is_file():
             continue
         try:

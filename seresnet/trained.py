@@ -70,6 +70,12 @@ class TrainedNet:
                 found.append(mean_view.exp().cpu().numpy())
         return np.concatenate(found)
 
+    @property
+    def progress(self) -> str:
+        """How much of its training it has had, ' after 2 of 4 epochs'; '' where that is all."""
+        epochs = self.config["loop"]["epochs"]
+        return "" if self.epochs_done == epochs else f" after {self.epochs_done} of {epochs} epochs"
+
     def predict(self, images: np.ndarray, tta: str = "", batch_size: int = 0) -> np.ndarray:
         """The most probable class of each image, int64 (N,): numbers into `classes`. Arguments as of `probabilities`."""
         return self.probabilities(images, tta, batch_size).argmax(1).astype(np.int64)

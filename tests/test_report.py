@@ -186,6 +186,8 @@ def test_runs_side_by_side(run, tmp_path):
         assert status == 2 and f"{name}: expected a name that ends in .png" in errors
     status, _, errors = run_module("report", tmp_path, "runs/notes")
     assert status == 2 and "no run folder among runs/notes" in errors
+    status, _, errors = run_module("report", tmp_path, "runs/first", "runs/frist")
+    assert status == 2 and "runs/frist: does not exist" in errors
     (tmp_path / "runs/unfinished/log.jsonl").write_text("{")
     status, _, errors = run_module("report", tmp_path, "runs/unfinished")
     assert status == 2 and "is damaged" in errors and "Traceback" not in errors

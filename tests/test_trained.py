@@ -267,6 +267,15 @@ def test_predictions_to_hand_in(run, tmp_path):
     assert status == 0 and output == (tmp_path / "p.csv").read_text() and "60 images in" in errors
 
 
+def test_a_net_that_is_not_trained_to_its_end_is_told_as_such(run, tmp_path):
+    state = checkpoint.load(run[0] / "weights.pt")
+    checkpoint.save(tmp_path / "weights.pt", {**state, "epochs_done": 2})
+    np.save(tmp_path / "x.npy", run[1].images)
+    for folder, told in ((tmp_path, True), (run[0], False)):
+        status, output, errors = predict(tmp_path, "--checkpoint", folder, "--images", "x.npy", "--out", "p.csv")
+        assert status == 0 and ("weights.pt after 2 of 3 epochs" in output) == told and ("after" in output) == told, errors
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
 def test_a_link_to_a_file_stays_one(run, tmp_path):
     np.save(tmp_path / "x.npy", run[1].images)
