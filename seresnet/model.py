@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from seresnet.conv import Conv2d, ConvBeforePool
-from seresnet.norm import normalise
+from seresnet.norm import FUSED, normalise
 from seresnet.pool import MaxPool2x2
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -70,7 +70,7 @@ def through(layers: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
     layers = list(layers)
     while layers:
         layer = layers.pop(0)
-        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[0], (nn.GELU, nn.ReLU, nn.LeakyReLU)):
+        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[0], FUSED):
             x = normalise(x, layer, layers.pop(0))
         else:
             x = layer(x)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from seresnet import compiled
 from seresnet.compiled import passes_for, worth_it
 
+FUSED = (nn.GELU, nn.ReLU, nn.LeakyReLU)    # that the passes know
 RECTIFIED = 4    # times as many elements as compiled.LEAST
 LEAST_SCALE = 1e-30    # of a shortcut: in the passes, which count in float32, a scale of 0 says that there is none
 
@@ -42,7 +43,7 @@ def _are_known(norm: nn.Module, activation: nn.Module) -> bool:
     """Whether the passes compute what these layers do."""
     return (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
             and norm.weight.dtype == norm.running_mean.dtype == torch.float32
-            and (type(activation) in (nn.ReLU, nn.LeakyReLU) or type(activation) is nn.GELU and activation.approximate == "none"))
+            and type(activation) in FUSED and getattr(activation, "approximate", "none") == "none")
 
 
 def _is_large(x: torch.Tensor, activation: nn.Module) -> bool:

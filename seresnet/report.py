@@ -33,6 +33,7 @@ from typing import IO, TypeVar
 import yaml
 
 from seresnet import runtime
+from seresnet.files import IMAGE_SUFFIXES
 from seresnet.pictures import SUFFIXES as PICTURE_SUFFIXES
 from seresnet.pictures import draw_curves, draw_runs
 from seresnet.runtime import UserError
@@ -40,7 +41,7 @@ from seresnet.runtime import UserError
 T = TypeVar("T")
 CHECKPOINTS = ("weights.pt", "best.pt", "last.pt")
 # What a mistyped name of a file to write may stand for, and nobody can make again.
-MISSED = {".pt", ".beton", ".pkl", ".pickle", ".npy", ".npz", ".bin", ".gz", ".tgz", ".zip", ".parquet", ".jsonl", ".yaml", *PICTURE_SUFFIXES}
+MISSED = {".pt", ".beton", ".pkl", ".pickle", ".npy", ".npz", ".bin", ".gz", ".tgz", ".zip", ".parquet", ".jsonl", ".yaml", *PICTURE_SUFFIXES, *IMAGE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -487,7 +488,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
     """
     runs, paths = [], []
     for folder in map(Path, folders):
-        if not folder.exists() and len(folders) > 1:    # of one alone it is said below where it was looked for
+        if not folder.exists():
             raise UserError(f"{folder}: does not exist (looked in {Path.cwd()})")
         if not (folder / "log.jsonl").is_file():
             continue

@@ -16,6 +16,14 @@ def always(compiled_for, calls_of):
 
 
 @pytest.fixture
+def evaluations(monkeypatch):
+    """What the pass of an evaluation is called with."""
+    calls, evaluated = [], norm._evaluated
+    monkeypatch.setattr(norm, "_evaluated", lambda *arguments: calls.append(arguments) or evaluated(*arguments))
+    return calls
+
+
+@pytest.fixture
 def device(compiled_for):
     return compiled_for.device
 
@@ -154,8 +162,8 @@ def test_gates_are_computed_in_passes_of_their_own_where_all_of_them_is_trained(
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize("shape, activation", [*((shape, nn.GELU()) for shape in SHAPES), (SHAPES[1], nn.ReLU(inplace=True)), (SHAPES[2], nn.LeakyReLU(0.1))],
                          ids=str)
-def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, activation, with_shortcut, gated, without, dtype, tolerance, always, device,
-                                                               compiled_for, monkeypatch):
+def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, activation, with_shortcut, gated, without, dtype, tolerance, always, evaluations,
+                                                               device, compiled_for):
     shape = few(shape, compiled_for)
     layer, gate = (None if part is None else part.to(device) for part in layers(shape[1], gated))
     nn.init.normal_(layer.running_mean, 0.5)
@@ -163,13 +171,12 @@ def test_an_evaluation_is_one_pass_with_the_running_statistics(shape, activation
     layer.eval()
     before = copy.deepcopy(layer.state_dict())
     x, shortcut = images(*shape, seed=0, dtype=dtype, device=device) * 2, images(*shape, seed=2, dtype=dtype, device=device) if with_shortcut else None
-    kept, calls, evaluated = x.clone(), [], norm._evaluated
-    monkeypatch.setattr(norm, "_evaluated", lambda *arguments: calls.append(arguments) or evaluated(*arguments))
+    kept = x.clone()
     with without():
         y = norm.normalise(x, layer, activation, gate, shortcut, 0.3)
         exact = [None if part is None else copy.deepcopy(part).double() for part in (layer, gate)]
         expected = norm.normalise(x.double(), exact[0], activation, exact[1], None if shortcut is None else shortcut.double(), 0.3)
-    assert len(calls) == 1 and not always and torch.equal(x, kept) and y.dtype == dtype
+    assert len(evaluations) == 1 and not always and torch.equal(x, kept) and y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last) and all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
     assert torch.allclose(y.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 2e-6), (y - expected).abs().max()
 
@@ -190,14 +197,12 @@ def test_what_is_infinite_or_far_away_is_what_the_formula_makes_of_it(with_short
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.125)], ids=str)
-def test_rectified_linear_units_of_what_is_not_finite_are_torchs(activation, dtype, always, device, monkeypatch):
-    calls, evaluated = [], norm._evaluated
-    monkeypatch.setattr(norm, "_evaluated", lambda *arguments: calls.append(arguments) or evaluated(*arguments))
+def test_rectified_linear_units_of_what_is_not_finite_are_torchs(activation, dtype, always, evaluations, device):
     layer, x = nn.BatchNorm2d(1, eps=0).eval().to(device), torch.tensor([float("inf"), 3, 0.0, -0.0, -2, -1e30, float("-inf"), float("nan"), 1e30])
     x = x.view(1, 1, 3, 3).to(device, dtype).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         y = norm.normalise(x, layer, activation)
-    assert calls and torch.equal(y.isnan(), x.isnan()) and torch.equal(y.nan_to_num(5), activation(x).nan_to_num(5)), (y, activation(x))
+    assert evaluations and torch.equal(y.isnan(), x.isnan()) and torch.equal(y.nan_to_num(5), activation(x).nan_to_num(5)), (y, activation(x))
 
 
 def test_statistics_keep_their_digits_where_the_mean_is_large(always, compiled_for, device):

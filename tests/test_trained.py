@@ -285,7 +285,7 @@ def test_a_link_to_a_file_stays_one(run, tmp_path):
     assert status == 0 and (tmp_path / "p.csv").is_symlink() and (tmp_path / "there/real.csv").read_text().startswith("ID,"), errors
 
 
-@pytest.mark.parametrize("name", ["hidden", "hidden.pkl", "weights.pt", "other.pt", "1.png", "x.beton"])
+@pytest.mark.parametrize("name", ["hidden", "hidden.pkl", "weights.pt", "other.pt", "1.png", "2.jpeg", "x.beton"])
 def test_predictions_take_the_place_of_no_data_and_no_net(run, tmp_path, name):
     (tmp_path / "hidden").write_bytes(pickle.dumps({b"data": run[1].images}, protocol=2))
     if name != "hidden":
