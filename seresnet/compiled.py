@@ -106,7 +106,8 @@ def passes() -> SimpleNamespace | None:
 
         def call(*arguments):
             nonlocal passing
-            arrays = [_array(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+            arrays = [_array(value) if isinstance(value, torch.Tensor) else tuple(value) if isinstance(value, tuple) else value
+                      for value in arguments]    # for a named tuple numba would compile anew
             threads = torch.get_num_threads()
             numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
             torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
@@ -142,11 +143,11 @@ def _try(passes: SimpleNamespace, kind: type) -> None:
     passes.gradient_sums(x, x, x, rows, rows, scale, None, channel, rows.copy(), rows.copy())
     passes.gradients(x, x, x, rows, rows, scale, None, channel, rows, rows, x.copy(), x.copy())
     if kind is np.int32:    # of float32 alone
-        image, places = np.zeros((1, 1, 1, 1), np.float32), np.zeros((25, 1, 1), np.float32)
-        passes.patches(image, 1, 1, 1, places)
-        passes.outputs(places, image)
-        passes.outputs_back(image, places)
-        passes.patches_back(places, 1, 1, 1, image)
+        image, places, region = np.zeros((1, 1, 1, 1), np.float32), np.zeros((25, 1, 1), np.float32), (0, 0, 1, 1, 3, 3)
+        passes.patches(image, 1, region, places)
+        passes.outputs(places, region, image)
+        passes.outputs_back(image, region, places)
+        passes.patches_back(places, 1, region, image)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -243,158 +243,300 @@ def gradients(gradient, x, shortcut, a, d, scale, below, of_value, constant, by_
                     of_shortcut[image, p, c] = coded(factor * back, x[image, p, c])
 
 
-# Tiles of convolutions (seresnet/winograd.py). The matrices B^T, A^T and their transposes are applied to columns and then to rows of a
-# patch, LANES channels at once: a number known beforehand, and copies of their own, are what lets LLVM make vector instructions.
+# Tiles of convolutions (seresnet/winograd.py): 3, 4 or 6 pixels of the output a side, from a patch of two more of the input. The matrices
+# B^T, A^T and their transposes are applied to rows and then to columns of a patch, LANES channels at once, in copies of their own, whose
+# number (LANES) k of row r lies at (8 * r + column) * LANES + k: numbers known beforehand, counted without a sign, are what lets LLVM make
+# vector instructions. Functions of their own, compiled once, for both directions: inlined, they took twice as long to compile.
 
-LANES = 64
-TWO, THREE, FOUR = np.float32(2), np.float32(3), np.float32(4)
+LANES = 32
+EACH = uintp(LANES)
+RIGHT, DOWN = tuple(uintp(LANES * k) for k in range(8)), tuple(uintp(8 * LANES * k) for k in range(8))
+TWO, THREE, FOUR, FIVE, EIGHT = np.float32(2), np.float32(3), np.float32(4), np.float32(5), np.float32(8)
+A, B = np.float32(2 / 3), np.float32(3 / 2)    # the points of tiles of four pixels, and their powers
+A2, A3, B2, B3, A2_B2 = np.float32(4 / 9), np.float32(8 / 27), np.float32(9 / 4), np.float32(27 / 8), np.float32(97 / 36)
+HALF, FOURTH, EIGHTH = np.float32(1 / 2), np.float32(1 / 4), np.float32(1 / 8)    # of tiles of six pixels: powers of 2 and of 1 / 2,
+SIXTEEN, SIXTEENTH, THIRTY_TWO, THIRTY_SECOND = np.float32(16), np.float32(1 / 16), np.float32(32), np.float32(1 / 32)
+F5_4, F5_2, F17_4, F21_4 = np.float32(5 / 4), np.float32(5 / 2), np.float32(17 / 4), np.float32(21 / 4)    # and what products of them give
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def patch(a, b, c, d, e):
+def patch3(a, b, c, d, e):
     """B^T: five pixels of the input, transformed."""
     return TWO * (a - c) + d - b, d - c - TWO * b, TWO * b - THREE * c + d, d - b, TWO * (b - d) + e - c
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def patch_back(a, b, c, d, e):
-    """B: the adjoint of `patch`."""
+def patch3_back(a, b, c, d, e):
+    """B: the adjoint of `patch3`."""
     return TWO * a, TWO * (c + e - b) - a - d, -TWO * a - b - THREE * c - e, a + b + c + d - TWO * e, e
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def output(a, b, c, d, e):
+def output3(a, b, c, d, e):
     """A^T: three pixels of the output."""
     return a + b + c + d, b - c + TWO * d, b + c + FOUR * d + e
 
 
 @numba.njit(inline="always", fastmath={"contract"})
-def output_back(a, b, c):
-    """A: the adjoint of `output`."""
+def output3_back(a, b, c):
+    """A: the adjoint of `output3`."""
     return a, a + b + c, a - b + c, a + TWO * b + FOUR * c, c
 
 
-def patches(x, padding, down, across, seen):
-    """B^T d B of the patches of x (B, H, W, C) under down x across tiles an image, into seen (25, B * down * across, C).
+@numba.njit(inline="always", fastmath={"contract"})
+def patch4(a, b, c, d, e, f):
+    """B^T: six pixels of the input, transformed. What two points of opposite sign share is computed once."""
+    even, odd, even2, odd2 = e - B2 * c, A * d - B * b, e - A2 * c, B * d - A * b
+    return a - A2_B2 * c + e, even + odd, even - odd, even2 + odd2, even2 - odd2, b - A2_B2 * d + f
 
-    The first pixel of the first patch lies `padding` pixels above and left of the image; outside are zeros.
+
+@numba.njit(inline="always", fastmath={"contract"})
+def patch4_back(a, b, c, d, e, f):
+    """B: the adjoint of `patch4`."""
+    even, odd, even2, odd2 = b + c, b - c, d + e, d - e
+    return a, f - B * odd - A * odd2, -A2_B2 * a - B2 * even - A2 * even2, A * odd + B * odd2 - A2_B2 * f, a + even + even2, f
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output4(a, b, c, d, e, f):
+    """A^T: four pixels of the output."""
+    even, odd, even2, odd2 = b + c, b - c, d + e, d - e
+    return a + even + even2, A * odd + B * odd2, A2 * even + B2 * even2, A3 * odd + B3 * odd2 + f
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output4_back(a, b, c, d):
+    """A: the adjoint of `output4`."""
+    even, odd, even2, odd2 = a + A2 * c, A * b + A3 * d, a + B2 * c, B * b + B3 * d
+    return a, even + odd, even - odd, even2 + odd2, even2 - odd2, d
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def patch6(a, b, c, d, e, f, g, h):
+    """B^T: eight pixels of the input, transformed."""
+    even, odd = g - F17_4 * e + c, f - F17_4 * d + b
+    even2, odd2 = g - F5_4 * e + FOURTH * c, TWO * f - F5_2 * d + HALF * b
+    even3, odd3 = g - FIVE * e + FOUR * c, HALF * f - F5_2 * d + TWO * b
+    return (g - a + F21_4 * (c - e), even + odd, even - odd, even2 + odd2, even2 - odd2, even3 + odd3, even3 - odd3,
+            h - b + F21_4 * (d - f))
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def patch6_back(a, b, c, d, e, f, g, h):
+    """B: the adjoint of `patch6`."""
+    even, odd, even2, odd2, even3, odd3 = b + c, b - c, d + e, d - e, f + g, f - g
+    return (-a, odd + HALF * odd2 + TWO * odd3 - h, F21_4 * a + even + FOURTH * even2 + FOUR * even3,
+            F21_4 * h - F17_4 * odd - F5_2 * (odd2 + odd3), -F21_4 * a - F17_4 * even - F5_4 * even2 - FIVE * even3,
+            odd + TWO * odd2 + HALF * odd3 - F21_4 * h, a + even + even2 + even3, h)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output6(a, b, c, d, e, f, g, h):
+    """A^T: six pixels of the output."""
+    even, odd, even2, odd2, even3, odd3 = b + c, b - c, d + e, d - e, f + g, f - g
+    return (a + even + even2 + even3, odd + TWO * odd2 + HALF * odd3, even + FOUR * even2 + FOURTH * even3,
+            odd + EIGHT * odd2 + EIGHTH * odd3, even + SIXTEEN * even2 + SIXTEENTH * even3, odd + THIRTY_TWO * odd2 + THIRTY_SECOND * odd3 + h)
+
+
+@numba.njit(inline="always", fastmath={"contract"})
+def output6_back(a, b, c, d, e, f):
+    """A: the adjoint of `output6`."""
+    even, odd = a + c + e, b + d + f
+    even2, odd2 = a + FOUR * c + SIXTEEN * e, TWO * b + EIGHT * d + THIRTY_TWO * f
+    even3, odd3 = a + FOURTH * c + SIXTEENTH * e, HALF * b + EIGHTH * d + THIRTY_SECOND * f
+    return a, even + odd, even - odd, even2 + odd2, even2 - odd2, even3 + odd3, even3 - odd3, f
+
+
+@numba.njit(fastmath={"contract"})
+def to_patch(tile, columns, d, t):
+    """The transpose of B^T d into t, of `columns` columns of d."""
+    for column in range(columns):
+        u, v = uintp(8 * LANES * column), uintp(LANES * column)
+        if tile == 3:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c] = patch3(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c])
+        elif tile == 4:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c] = patch4(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c])
+        else:
+            for c in range(EACH):
+                (t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c],
+                 t[u + RIGHT[6] + c], t[u + RIGHT[7] + c]) = patch6(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c],
+                    d[v + DOWN[6] + c], d[v + DOWN[7] + c])
+
+
+@numba.njit(fastmath={"contract"})
+def from_patch(tile, columns, d, t):
+    """The transpose of B d into t: the adjoint of `to_patch`."""
+    for column in range(columns):
+        u, v = uintp(8 * LANES * column), uintp(LANES * column)
+        if tile == 3:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c] = patch3_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c])
+        elif tile == 4:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c] = patch4_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c])
+        else:
+            for c in range(EACH):
+                (t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c],
+                 t[u + RIGHT[6] + c], t[u + RIGHT[7] + c]) = patch6_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c],
+                    d[v + DOWN[6] + c], d[v + DOWN[7] + c])
+
+
+@numba.njit(fastmath={"contract"})
+def to_output(tile, columns, d, t):
+    """The transpose of A^T d into t."""
+    for column in range(columns):
+        u, v = uintp(8 * LANES * column), uintp(LANES * column)
+        if tile == 3:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c] = output3(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c])
+        elif tile == 4:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c] = output4(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c])
+        else:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c] = output6(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c],
+                    d[v + DOWN[6] + c], d[v + DOWN[7] + c])
+
+
+@numba.njit(fastmath={"contract"})
+def from_output(tile, columns, d, t):
+    """The transpose of A d into t: the adjoint of `to_output`."""
+    for column in range(columns):
+        u, v = uintp(8 * LANES * column), uintp(LANES * column)
+        if tile == 3:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c] = output3_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c])
+        elif tile == 4:
+            for c in range(EACH):
+                t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c] = output4_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c])
+        else:
+            for c in range(EACH):
+                (t[u + c], t[u + RIGHT[1] + c], t[u + RIGHT[2] + c], t[u + RIGHT[3] + c], t[u + RIGHT[4] + c], t[u + RIGHT[5] + c],
+                 t[u + RIGHT[6] + c], t[u + RIGHT[7] + c]) = output6_back(
+                    d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c])
+
+
+def patches(x, padding, region, seen):
+    """B^T d B of the patches of x (B, H, W, C) under the tiles of a region, into seen (P, B * down * across, C).
+
+    A region of the output is (top, left, down, across, high, wide): its first pixel, and so many tiles of high x wide pixels. A patch has
+    P = (high + 2) * (wide + 2) places. Pixel (0, 0) of the output looks from `padding` pixels above and left of x on; outside are zeros.
     """
     count, height, width, channels = x.shape
-    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
+    top, left, down, across, high, wide = region
+    pixels, places, plane, side = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels, wide + 2
     for row in numba.prange(count * down):
         image, i = row // down, row % down
-        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 5, LANES), np.float32)
+        d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range(25):
-                    high, wide = 3 * i - padding + k // 5, 3 * j - padding + k % 5
-                    if 0 <= high < height and 0 <= wide < width:
-                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                for k in range((high + 2) * side):
+                    y, z = top + high * i - padding + k // side, left + wide * j - padding + k % side
+                    at = uintp((8 * (k // side) + k % side) * LANES)
+                    if 0 <= y < height and 0 <= z < width:
+                        start = uintp(((image * height + y) * width + z) * channels + first)
                         for c in range(some):
-                            d[k // 5, k % 5, c] = pixels[start + c]
+                            d[at + c] = pixels[start + c]
                     else:
-                        d[k // 5, k % 5] = 0
-                for k in range(5):
-                    for c in range(LANES):
-                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = patch(
-                            d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
-                for k in range(5):
-                    for c in range(LANES):
-                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = patch(
-                            t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
-                for k in range(25):
-                    start = uintp(k * plane + (row * across + j) * channels + first)
+                        for c in range(EACH):
+                            d[at + c] = 0
+                to_patch(high, side, d, t)
+                to_patch(wide, high + 2, t, d)
+                for k in range((high + 2) * side):
+                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
                     for c in range(some):
-                        places[start + c] = d[k // 5, k % 5, c]
+                        places[start + c] = d[at + c]
 
 
-def patches_back(seen, padding, down, across, x):
-    """The adjoint of `patches`: sums into x, all of it written."""
+def patches_back(seen, padding, region, x):
+    """The adjoint of `patches`: adds to x."""
     count, height, width, channels = x.shape
-    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
+    top, left, down, across, high, wide = region
+    pixels, places, plane, side = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels, wide + 2
     for image in numba.prange(count):
-        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 5, LANES), np.float32)
-        x[image] = 0
-        for tile in range(down * across):
-            i, j = tile // across, tile % across
+        d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
+        for number in range(down * across):
+            i, j = number // across, number % across
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range(25):
-                    start = uintp(k * plane + (image * down * across + tile) * channels + first)
+                for k in range((high + 2) * side):
+                    start = uintp(k * plane + (image * down * across + number) * channels + first)
+                    at = uintp((8 * (k // side) + k % side) * LANES)
                     for c in range(some):
-                        d[k // 5, k % 5, c] = places[start + c]
-                for k in range(5):
-                    for c in range(LANES):
-                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = patch_back(
-                            d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
-                for k in range(5):
-                    for c in range(LANES):
-                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = patch_back(
-                            t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
-                for k in range(25):
-                    high, wide = 3 * i - padding + k // 5, 3 * j - padding + k % 5
-                    if 0 <= high < height and 0 <= wide < width:
-                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        d[at + c] = places[start + c]
+                from_patch(high, side, d, t)
+                from_patch(wide, high + 2, t, d)
+                for k in range((high + 2) * side):
+                    y, z = top + high * i - padding + k // side, left + wide * j - padding + k % side
+                    if 0 <= y < height and 0 <= z < width:
+                        start, at = uintp(((image * height + y) * width + z) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
                         for c in range(some):
-                            pixels[start + c] += d[k // 5, k % 5, c]
+                            pixels[start + c] += d[at + c]
 
 
-def outputs(made, y):
-    """A^T m A of each tile of made (25, B * tiles, C), into y (B, H, W, C); what lies outside of y is dropped."""
+def outputs(made, region, y):
+    """A^T m A of each tile of made (P, B * down * across, C), into a region of y (B, H, W, C); what lies outside of y is dropped."""
     count, height, width, channels = y.shape
-    down, across = (height + 2) // 3, (width + 2) // 3
-    pixels, places, plane = y.reshape(-1), made.reshape(-1), made.shape[1] * channels
+    top, left, down, across, high, wide = region
+    pixels, places, plane, side = y.reshape(-1), made.reshape(-1), made.shape[1] * channels, wide + 2
     for row in numba.prange(count * down):
         image, i = row // down, row % down
-        d, t = np.empty((5, 5, LANES), np.float32), np.empty((3, 5, LANES), np.float32)
+        d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range(25):
-                    start = uintp(k * plane + (row * across + j) * channels + first)
+                for k in range((high + 2) * side):
+                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
                     for c in range(some):
-                        d[k // 5, k % 5, c] = places[start + c]
-                for k in range(5):
-                    for c in range(LANES):
-                        t[0, k, c], t[1, k, c], t[2, k, c] = output(d[0, k, c], d[1, k, c], d[2, k, c], d[3, k, c], d[4, k, c])
-                for k in range(3):
-                    for c in range(LANES):
-                        d[k, 0, c], d[k, 1, c], d[k, 2, c] = output(t[k, 0, c], t[k, 1, c], t[k, 2, c], t[k, 3, c], t[k, 4, c])
-                for k in range(9):
-                    high, wide = 3 * i + k // 3, 3 * j + k % 3
-                    if high < height and wide < width:
-                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                        d[at + c] = places[start + c]
+                to_output(high, side, d, t)
+                to_output(wide, high, t, d)
+                for k in range(high * wide):
+                    u, v = top + high * i + k // wide, left + wide * j + k % wide
+                    if u < height and v < width:
+                        start, at = uintp(((image * height + u) * width + v) * channels + first), uintp((8 * (k // wide) + k % wide) * LANES)
                         for c in range(some):
-                            pixels[start + c] = d[k // 3, k % 3, c]
+                            pixels[start + c] = d[at + c]
 
 
-def outputs_back(gradient, made):
-    """The adjoint of `outputs`, of gradient (B, H, W, C), into made (25, B * tiles, C)."""
+def outputs_back(gradient, region, made):
+    """The adjoint of `outputs`, of gradient (B, H, W, C), into made (P, B * down * across, C)."""
     count, height, width, channels = gradient.shape
-    down, across = (height + 2) // 3, (width + 2) // 3
-    pixels, places, plane = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels
+    top, left, down, across, high, wide = region
+    pixels, places, plane, side = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels, wide + 2
     for row in numba.prange(count * down):
         image, i = row // down, row % down
-        d, t = np.empty((5, 5, LANES), np.float32), np.empty((5, 3, LANES), np.float32)
+        d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range(9):
-                    high, wide = 3 * i + k // 3, 3 * j + k % 3
-                    if high < height and wide < width:
-                        start = uintp(((image * height + high) * width + wide) * channels + first)
+                for k in range(high * wide):
+                    u, v = top + high * i + k // wide, left + wide * j + k % wide
+                    at = uintp((8 * (k // wide) + k % wide) * LANES)
+                    if u < height and v < width:
+                        start = uintp(((image * height + u) * width + v) * channels + first)
                         for c in range(some):
-                            d[k // 3, k % 3, c] = pixels[start + c]
+                            d[at + c] = pixels[start + c]
                     else:
-                        d[k // 3, k % 3] = 0
-                for k in range(3):
-                    for c in range(LANES):
-                        t[0, k, c], t[1, k, c], t[2, k, c], t[3, k, c], t[4, k, c] = output_back(d[0, k, c], d[1, k, c], d[2, k, c])
-                for k in range(5):
-                    for c in range(LANES):
-                        d[k, 0, c], d[k, 1, c], d[k, 2, c], d[k, 3, c], d[k, 4, c] = output_back(t[k, 0, c], t[k, 1, c], t[k, 2, c])
-                for k in range(25):
-                    start = uintp(k * plane + (row * across + j) * channels + first)
+                        for c in range(EACH):
+                            d[at + c] = 0
+                from_output(high, wide, d, t)
+                from_output(wide, high + 2, t, d)
+                for k in range((high + 2) * side):
+                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
                     for c in range(some):
-                        places[start + c] = d[k // 5, k % 5, c]
+                        places[start + c] = d[at + c]

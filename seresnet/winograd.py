@@ -1,5 +1,8 @@
-"""3x3 convolutions in float32 on a CPU with 25 multiplications where the sum as it is written has 81: Winograd's minimal filtering."""
+"""3x3 convolutions in float32 on a CPU with a third to a fifth of the multiplications: Winograd's minimal filtering."""
 from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.amp import custom_bwd, custom_fwd
@@ -7,15 +10,33 @@ from torch.autograd.function import once_differentiable
 
 from seresnet.compiled import may_read, passes
 
-TILE = 3           # pixels of the output, a side, that are computed together,
-PATCH = 5          # from so many of the input
-LEAST_CHANNELS = 48    # in and out, and so many of their product: then the products outweigh what is written and read around them
-LEAST_TRAINED, LEAST_FORWARDS = 64 * 64, 64 * 128
-TOGETHER = 256     # tiles at once: what they become stays in a cache of some MB
+LEAST_CHANNELS = 24    # in and out, and so many of their product: then the products outweigh what is written and read around them
+LEAST_TRAINED, LEAST_FORWARDS = 24 * 64, 64 * 64
+TOGETHER, MOST_TOGETHER = 128, 512    # tiles at once; with more than 85 channels in and out more, since each time all filters are read
+A_MATRIX = 48    # multiplications that preparing one of a filter's places costs, and its gradient
 
-# F(3x3, 3x3) with the points 0, 1, -1, 2 and infinity: with PATCHES (B^T) and OUTPUTS (A^T) of seresnet/kernels.py, a row of
-# five input pixels d and a filter f of three give A^T [(G f) * (B^T d)], the three sums of d shifted and f.
-FILTERS = torch.tensor([[1 / 2, 0, 0], [-1 / 2, -1 / 2, -1 / 2], [-1 / 6, 1 / 6, -1 / 6], [1 / 6, 1 / 3, 2 / 3], [0, 0, 1]])    # G
+# By the tile, pixels of the output a side that are computed together, from two more of the input: the points at which polynomials are
+# multiplied, infinity beside them. A tile of 3 takes 25 multiplications for 81, one of 4 36 for 144, one of 6 64 for 324. Points of
+# opposite sign share half of their arithmetic; of the fractions up to 3 these round least (records/: larger tiles).
+POINTS = {3: (0, 1, -1, 2), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), 6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2)}
+
+
+class Region(NamedTuple):
+    """Tiles of one size: down x across of them, each high x wide pixels, from pixel (top, left) of the output on."""
+    top: int
+    left: int
+    down: int
+    across: int
+    high: int
+    wide: int
+
+    @property
+    def tiles(self) -> int:
+        return self.down * self.across
+
+    @property
+    def places(self) -> int:
+        return (self.high + 2) * (self.wide + 2)
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
@@ -32,24 +53,25 @@ def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
 class Winograd(torch.autograd.Function):
     """The cross-correlation of x (B, C_in, H, W), float32, and weight (C_out, C_in, 3, 3): (B, C_out, height, width), channels-last.
 
-    Pixel (i, j) of the output is the sum over the 3x3 pixels of x from (i - padding, j - padding) on, zeros outside. Tiles of 3x3
-    output pixels are taken apart, and in the transformed space the convolution is one product of matrices for each of 25 places
+    Pixel (i, j) of the output is the sum over the 3x3 pixels of x from (i - padding, j - padding) on, zeros outside. Tiles of the
+    output are taken apart, and in the transformed space the convolution is one product of matrices for each place of a patch
     (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray, arXiv 1509.09308, section 4.1). The backward pass is
     the exact adjoint of each step; it is not differentiated itself. Errors are of the size that float32's own rounding makes in the
-    plain sum (1e-6 of the whole).
+    plain sum (1e-6 of the whole), some times that in tiles of six pixels (4e-6).
     """
 
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, padding: int, height: int, width: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.padding, run = padding, passes()
-        images, filters = _rows(x), _transformed(weight)
+        ctx.padding, run, images = padding, passes(), _rows(x)
         y = x.new_empty(len(x), height, width, len(weight))
-        for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
-            run.patches(images[part], padding, *_grid(height, width), seen.numpy())
-            torch.bmm(seen, filters, out=made)
-            run.outputs(made.numpy(), y[part].numpy())
+        for region in regions(height, width, len(x)):
+            filters = _transformed(weight, region)
+            for part, seen, made in _parts(len(x), region, *weight.shape[:2]):
+                run.patches(images[part], padding, region, seen.numpy())
+                torch.bmm(seen, filters, out=made)
+                run.outputs(made.numpy(), region, y[part].numpy())
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -58,37 +80,59 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         (x, weight), run = ctx.saved_tensors, passes()
         of_x, of_weight = ctx.needs_input_grad[:2]
-        images, back, filters = _rows(x), _rows(gradient), _transformed(weight).transpose(1, 2).contiguous()
-        height, width = gradient.shape[2:]
-        spread = x.new_empty(len(x), *x.shape[2:], x.shape[1]) if of_x else None
-        of_filters = x.new_zeros(PATCH**2, x.shape[1], len(weight))
-        for part, seen, made in _parts(len(x), height, width, *weight.shape[:2]):
-            run.outputs_back(back[part], made.numpy())
+        images, back = _rows(x), _rows(gradient)
+        spread = x.new_zeros(len(x), *x.shape[2:], x.shape[1]) if of_x else None
+        summed = torch.zeros_like(weight) if of_weight else None
+        for region in regions(*gradient.shape[2:], len(x)):
+            filters = _transformed(weight, region).transpose(1, 2).contiguous() if of_x else None
+            of_filters = x.new_zeros(region.places, x.shape[1], len(weight)) if of_weight else None
+            for part, seen, made in _parts(len(x), region, *weight.shape[:2]):
+                run.outputs_back(back[part], region, made.numpy())
+                if of_weight:
+                    run.patches(images[part], ctx.padding, region, seen.numpy())
+                    of_filters.baddbmm_(seen.transpose(1, 2), made)
+                if of_x:
+                    torch.bmm(made, filters, out=seen)
+                    run.patches_back(seen.numpy(), ctx.padding, region, spread[part].numpy())
             if of_weight:
-                run.patches(images[part], ctx.padding, *_grid(height, width), seen.numpy())
-                of_filters.baddbmm_(seen.transpose(1, 2), made)
-            if of_x:
-                torch.bmm(made, filters, out=seen)
-                run.patches_back(seen.numpy(), ctx.padding, *_grid(height, width), spread[part].numpy())
-        return (spread.permute(0, 3, 1, 2) if of_x else None, _transformed_back(of_filters, weight) if of_weight else None, None, None, None)
+                summed += _transformed_back(of_filters, weight, region)
+        return spread.permute(0, 3, 1, 2) if of_x else None, summed, None, None, None
 
 
-def _grid(height: int, width: int) -> tuple[int, int]:
-    """Tiles down and across that cover an output of height x width pixels."""
-    return -(-height // TILE), -(-width // TILE)
+@cache
+def regions(height: int, width: int, images: int) -> list[Region]:
+    """Tiles that cover an output of height x width pixels, of so many images, with few multiplications."""
+    found, top = [], 0
+    for high, down in _along(height, images):
+        left = 0
+        for wide, across in _along(width, images):
+            found.append(Region(top, left, down, across, high, wide))
+            left += wide * across
+        top += high * down
+    return found
 
 
-def _parts(images: int, height: int, width: int, c_out: int, c_in: int):
-    """For some images at once: which, and memory for their patches (25, tiles, c_in) and outputs (25, tiles, c_out), transformed."""
-    down, across = _grid(height, width)
-    most = max(1, TOGETHER // (down * across))
+@cache
+def _along(side: int, images: int) -> list[tuple[int, int]]:
+    """Tiles that cover `side` pixels, and how many of each: of one size, or large ones and the rest in smaller ones, as multiplications
+    and the number of matrices cost least in a square of that side."""
+    mixtures = [[(6, max(0, -(-(side - 4 * fours - 3 * threes) // 6))), (4, fours), (3, threes)] for fours in range(3) for threes in range(2)]
+    mixtures += [[(tile, -(-side // tile))] for tile in POINTS]
+    return min(([(tile, count) for tile, count in mixture if count] for mixture in mixtures), key=lambda mixture: (
+        images * sum((tile + 2) * count for tile, count in mixture)**2 + A_MATRIX * sum(tile + 2 for tile, _ in mixture)**2))
+
+
+def _parts(images: int, region: Region, c_out: int, c_in: int):
+    """For some images at once: which, and memory for their patches (P, tiles, c_in) and outputs (P, tiles, c_out), transformed."""
+    together = min(MOST_TOGETHER, max(TOGETHER, 3 * min(c_in, c_out) // 2))
+    most = max(1, together // region.tiles)
     most = -(-images // -(-images // most)) if images else 1    # parts of nearly one size
-    places = PATCH**2 * most * down * across
-    memory = torch.empty(places * c_in, dtype=torch.float32), torch.empty(places * c_out, dtype=torch.float32)
+    memory = [torch.empty(region.places * most * region.tiles * channels, dtype=torch.float32) for channels in (c_in, c_out)]
     for first in range(0, images, most):
         count = min(most, images - first)
         yield slice(first, first + count), *(
-            m[:PATCH**2 * count * down * across * c].view(PATCH**2, count * down * across, c) for m, c in zip(memory, (c_in, c_out)))
+            m[:region.places * count * region.tiles * channels].view(region.places, count * region.tiles, channels)
+            for m, channels in zip(memory, (c_in, c_out)))
 
 
 def _rows(images: torch.Tensor):
@@ -96,19 +140,28 @@ def _rows(images: torch.Tensor):
     return images.detach().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _places(weight: torch.Tensor) -> torch.Tensor:
-    """The transformation of a filter's nine pixels into 25 places: (25, 9)."""
-    filters = FILTERS.to(weight.dtype)
-    return torch.kron(filters, filters)
+@cache
+def filters(tile: int) -> torch.Tensor:
+    """G: (tile + 2, 3), float64. With B^T and A^T of seresnet/kernels.py (patch3, output3 and so on), a row of tile + 2 input pixels d and a
+    filter f of three give A^T [(G f) * (B^T d)], the sums of d, shifted, and f."""
+    points = torch.tensor(POINTS[tile], dtype=torch.float64)
+    apart = (points[:, None] - points).fill_diagonal_(1).prod(1, keepdim=True)
+    return torch.cat([points[:, None] ** torch.arange(3) / apart, torch.tensor([[0.0, 0, 1]])])
 
 
-def _transformed(weight: torch.Tensor) -> torch.Tensor:
-    """(C_out, C_in, 3, 3) -> (25, C_in, C_out): G f G^T."""
+@cache
+def _both(high: int, wide: int) -> torch.Tensor:
+    """The transformation of a filter's nine pixels into the places of a patch, (P, 9), float32."""
+    return torch.kron(filters(high), filters(wide)).float()
+
+
+def _transformed(weight: torch.Tensor, region: Region) -> torch.Tensor:
+    """(C_out, C_in, 3, 3) -> (P, C_in, C_out): G f G^T."""
     c_out, c_in = weight.shape[:2]
-    return (_places(weight) @ weight.detach().permute(2, 3, 1, 0).reshape(9, -1)).view(PATCH**2, c_in, c_out)
+    return (_both(region.high, region.wide) @ weight.detach().permute(2, 3, 1, 0).reshape(9, -1)).view(-1, c_in, c_out)
 
 
-def _transformed_back(of_filters: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The adjoint of `_transformed`: (25, C_in, C_out) -> (C_out, C_in, 3, 3)."""
+def _transformed_back(of_filters: torch.Tensor, weight: torch.Tensor, region: Region) -> torch.Tensor:
+    """The adjoint of `_transformed`: (P, C_in, C_out) -> (C_out, C_in, 3, 3)."""
     c_out, c_in = weight.shape[:2]
-    return (_places(weight).T @ of_filters.view(PATCH**2, -1)).view(3, 3, c_in, c_out).permute(3, 2, 0, 1)
+    return (_both(region.high, region.wide).T @ of_filters.view(len(of_filters), -1)).view(3, 3, c_in, c_out).permute(3, 2, 0, 1)
