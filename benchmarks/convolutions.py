@@ -1,6 +1,6 @@
 """Time of a 3x3 convolution, torch's way and the project's: python -m benchmarks.convolutions [--precision fp32] [--out DIR]
 
-Forwards and both gradients, channels-last, padded by one, as many channels out as in. In bfloat16 with images side by side:
+Forwards and both gradients, channels-last, padded by one. In bfloat16 with images side by side:
 seresnet/conv.py says what that is, for the gradient of the weights or throughout, and which way it takes on CPUs with matrix units;
 this measures all of them here, with or without such units. In float32 by Winograd's filtering, seresnet/winograd.py. Medians, in turns.
 """
@@ -14,7 +14,7 @@ from benchmarks import keep
 from seresnet import report, runtime
 
 
-def measure(side: int, channels: int, batch: int, rounds: int, precision: str) -> dict:
+def measure(side: int, c_in: int, channels: int, batch: int, rounds: int, precision: str) -> dict:
     """Median seconds of each way, forwards, by the weights' gradient or all of it, the convolution's arithmetic, and the way that is taken."""
     import torch
     import torch.nn.functional as F
@@ -22,8 +22,8 @@ def measure(side: int, channels: int, batch: int, rounds: int, precision: str) -
     from seresnet import conv
     torch.manual_seed(0)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    x, gradient = (torch.randn(batch, channels, side, side).to(dtype).to(memory_format=torch.channels_last) for _ in range(2))
-    weight = torch.randn(channels, channels, 3, 3).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    x, gradient = (torch.randn(batch, c, side, side).to(dtype).to(memory_format=torch.channels_last) for c in (c_in, channels))
+    weight = torch.randn(channels, c_in, 3, 3).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     leaf = x.detach().requires_grad_()
 
     def whole(convolution):
@@ -52,14 +52,14 @@ def measure(side: int, channels: int, batch: int, rounds: int, precision: str) -
             way()
             if turn:    # the first builds oneDNN's kernels
                 seconds[name].append(time.perf_counter() - start)
-    return {"side": side, "channels": channels, "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-            "tflop": 2 * 9 * batch * (channels * side) ** 2 / 1e12, "taken": taken}
+    return {"side": side, "channels_in": c_in, "channels": channels, "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "tflop": 2 * 9 * batch * c_in * channels * side**2 / 1e12, "taken": taken}
 
 
 def row(result: dict) -> tuple[str, ...]:
     """A line of the table: a part of the convolution in two ways, everything in two or three."""
     seconds, tflop = result["seconds"], result["tflop"]
-    return (str(result["channels"]), f"{result['side']} x {result['side']}",
+    return (f"{result['channels_in']} to {result['channels']}", f"{result['side']} x {result['side']}",
             *(f"{seconds[name] * 1e3:.1f} ms, {tflop / seconds[name]:.2f} TFLOP/s" for name in list(seconds)[:2]),
             *(f"{value * 1e3:.1f} ms" for value in list(seconds.values())[2:]), result["taken"])
 
@@ -67,7 +67,8 @@ def row(result: dict) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[3, 4, 6, 7, 8, 10, 12, 13, 15], help="image sides, pixels")
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 256, 384], help="channels in and out")
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 256, 384], help="channels out, and in where --channels-in says nothing else")
+    parser.add_argument("--channels-in", type=int, help="channels in (default: as many as out)")
     parser.add_argument("--batch", type=int, default=1000, help="images (default 1000)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, in turns (default 7)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="number format (default bf16)")
@@ -76,13 +77,15 @@ def main() -> None:
     runtime.tune_allocator()
     from seresnet import compiled, conv    # which load torch, and that has to come after the allocator's restart
     problems = [f"--sides: got {side}, expected {conv.ROW - 1} and fewer" for side in own.sides if side >= conv.ROW]
-    problems += [f"--{name}: got {value}, expected 1 and more" for name, values in vars(own).items() if name not in ("out", "precision")
-                for value in (values if isinstance(values, list) else [values]) if value < 1]
+    problems += [f"--{name.replace('_', '-')}: got {value}, expected 1 and more" for name, values in vars(own).items()
+                 if name not in ("out", "precision") and values is not None
+                 for value in (values if isinstance(values, list) else [values]) if value < 1]
     if own.precision == "fp32" and compiled.passes() is None:
         problems.append("--precision fp32: Winograd's filtering needs numba, which is missing, turned off or does not work here")
     if problems:
         raise runtime.UserError(*problems)
-    results = [measure(side, channels, own.batch, own.rounds, own.precision) for channels in own.channels for side in own.sides]
+    results = [measure(side, own.channels_in or channels, channels, own.batch, own.rounds, own.precision)
+               for channels in own.channels for side in own.sides]
     units, fp32 = conv.has_matrix_units(), own.precision == "fp32"
     parts = ("forwards, torch", "Winograd") if fp32 else ("weights' gradient, torch", "side by side")
     whole = ("all, torch", "all, Winograd") if fp32 else ("all, torch", "all, gradient side by side", "all, throughout")

@@ -304,6 +304,19 @@ class Strict(Checker):
             raise ValueError(value)
         return value
 
+    def beyond(self, value) -> str:
+        """What `help` leaves out, where a value lies outside of what any key of its type takes."""
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                number = abs(float(entry))
+            except (TypeError, ValueError, OverflowError):    # the last of an integer beyond the largest float
+                number = math.inf if isinstance(entry, int) else 0
+            if self.type is int and number >= 2**63 and self.limits["at_most"] is None:
+                return ", of 64 bits"
+            if self.type is float and number and not SMALLEST_NUMBER <= number <= LARGEST_NUMBER:
+                return f", {'0 or ' if self.limits['above'] is None else ''}{SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g} in size"
+        return ""
+
     def help(self) -> str:
         if self.limits["one_of"]:
             return "one of " + ", ".join(self.limits["one_of"])
@@ -353,7 +366,8 @@ def build(*layers: Mapping[str, object], recipe: str = "default", problems: Sequ
     for path in wrong:
         value = declared.content[path]
         problems.append(f"{'.'.join(path)}: got {_shown(value)} ({type(value).__name__}), expected "
-                        f"{declared.entries[path].checker.help()}" + _nearest_word(value, declared.entries[path].checker))
+                        f"{declared.entries[path].checker.help()}" + declared.entries[path].checker.beyond(value)
+                        + _nearest_word(value, declared.entries[path].checker))
     if wrong or problems:
         raise ConfigError(*problems)
     sections = {name: section(**{f.name: declared[f"{name}.{f.name}"] for f in dataclasses.fields(section)})

@@ -101,6 +101,9 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     if path.suffix.lower() == ".beton":
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
+        data = _read_json(net.path.parent / "report.json").get("data")
+        if isinstance(data, dict) and data.get("train_sha256") == opened.sha256:
+            text += " (which the net was trained on: this tells nothing of other images)"
     else:
         how = {name: net.config["sources"][name] for name in beton.HOW}
         found = sources.find_source(path, **how, watch=report.watched("reading", " images")).read()
@@ -131,10 +134,10 @@ def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarra
     return found
 
 
-def _earlier(evaluation: Path) -> dict:
-    """What an earlier evaluation wrote; nothing where there was none."""
+def _read_json(file: Path) -> dict:
+    """What an earlier evaluation, or the training, wrote; nothing where there was none."""
     try:
-        content = json.loads(evaluation.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
@@ -143,7 +146,7 @@ def _earlier(evaluation: Path) -> dict:
 def _own_folder(folder: Path, place: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... where no set of another place than `place` was evaluated."""
     numbered = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
-    return next(path for path in numbered if _earlier(path / "evaluation.json").get("place", str(place)) == str(place))
+    return next(path for path in numbered if _read_json(path / "evaluation.json").get("place", str(place)) == str(place))
 
 
 def main() -> None:
@@ -168,7 +171,7 @@ def main() -> None:
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
     folder = Path(options.out) if options.out else _own_folder(net.path.parent / "evaluation" / "-".join(what), place)
     report.create_folder(folder)
-    earlier = _earlier(folder / "evaluation.json")
+    earlier = _read_json(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
@@ -180,7 +183,8 @@ def main() -> None:
     rows = list(zip(net.classes, map(str, counts.sum(1)), shares["recall"], shares["precision"]))
     report.say(report.table(("class", "images", "recall", "precision"), rows))
     if len(net.classes) <= 25:
-        report.say("\n" + report.table(("true \\ predicted", *(name[:6] for name in net.classes)),
+        short = [name[:6] for name in net.classes]
+        report.say("\n" + report.table(("true \\ predicted", *(short if len(set(short)) == len(short) else net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
     outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta,
                "seconds": seconds, **{

@@ -244,19 +244,19 @@ def gradients(gradient, x, shortcut, a, d, scale, below, of_value, constant, by_
 
 
 # Tiles of convolutions (seresnet/winograd.py): 3, 4 or 6 pixels of the output a side, from a patch of two more of the input. The matrices
-# B^T, A^T and their transposes are applied to rows and then to columns of a patch, LANES channels at once, in copies of their own, whose
-# number (LANES) k of row r lies at (8 * r + column) * LANES + k: numbers known beforehand, counted without a sign, are what lets LLVM make
+# B^T, A^T and their transposes are applied to columns and then to rows of a patch, LANES channels at once, in copies of their own, where
+# channel k of row r and column c lies at (8 * r + c) * LANES + k: numbers known beforehand, counted without a sign, are what lets LLVM make
 # vector instructions. Functions of their own, compiled once, for both directions: inlined, they took twice as long to compile.
 
 LANES = 32
 EACH = uintp(LANES)
 RIGHT, DOWN = tuple(uintp(LANES * k) for k in range(8)), tuple(uintp(8 * LANES * k) for k in range(8))
 TWO, THREE, FOUR, FIVE, EIGHT = np.float32(2), np.float32(3), np.float32(4), np.float32(5), np.float32(8)
-A, B = np.float32(2 / 3), np.float32(3 / 2)    # the points of tiles of four pixels, and their powers
-A2, A3, B2, B3, A2_B2 = np.float32(4 / 9), np.float32(8 / 27), np.float32(9 / 4), np.float32(27 / 8), np.float32(97 / 36)
-HALF, FOURTH, EIGHTH = np.float32(1 / 2), np.float32(1 / 4), np.float32(1 / 8)    # of tiles of six pixels: powers of 2 and of 1 / 2,
-SIXTEEN, SIXTEENTH, THIRTY_TWO, THIRTY_SECOND = np.float32(16), np.float32(1 / 16), np.float32(32), np.float32(1 / 32)
-F5_4, F5_2, F17_4, F21_4 = np.float32(5 / 4), np.float32(5 / 2), np.float32(17 / 4), np.float32(21 / 4)    # and what products of them give
+LOW, HIGH = np.float32(2 / 3), np.float32(3 / 2)    # the points of tiles of four pixels, beside 0 and with either sign; their powers, and
+LOW2, LOW3, HIGH2, HIGH3, BOTH2 = np.float32(4 / 9), np.float32(8 / 27), np.float32(9 / 4), np.float32(27 / 8), np.float32(97 / 36)    # a sum
+FOURTH, EIGHTH, SIXTEENTH, THIRTY_SECOND = np.float32(1 / 4), np.float32(1 / 8), np.float32(1 / 16), np.float32(1 / 32)    # of tiles of six
+SIXTEEN, THIRTY_TWO = np.float32(16), np.float32(32)    # pixels: powers of the points 2 and 1 / 2,
+F5_4, F5_2, F17_4, F21_4 = np.float32(5 / 4), np.float32(5 / 2), np.float32(17 / 4), np.float32(21 / 4)    # and what products of all points give
 
 
 @numba.njit(inline="always", fastmath={"contract"})
@@ -286,28 +286,28 @@ def output3_back(a, b, c):
 @numba.njit(inline="always", fastmath={"contract"})
 def patch4(a, b, c, d, e, f):
     """B^T: six pixels of the input, transformed. What two points of opposite sign share is computed once."""
-    even, odd, even2, odd2 = e - B2 * c, A * d - B * b, e - A2 * c, B * d - A * b
-    return a - A2_B2 * c + e, even + odd, even - odd, even2 + odd2, even2 - odd2, b - A2_B2 * d + f
+    even, odd, even2, odd2 = e - HIGH2 * c, LOW * d - HIGH * b, e - LOW2 * c, HIGH * d - LOW * b
+    return a - BOTH2 * c + e, even + odd, even - odd, even2 + odd2, even2 - odd2, b - BOTH2 * d + f
 
 
 @numba.njit(inline="always", fastmath={"contract"})
 def patch4_back(a, b, c, d, e, f):
     """B: the adjoint of `patch4`."""
     even, odd, even2, odd2 = b + c, b - c, d + e, d - e
-    return a, f - B * odd - A * odd2, -A2_B2 * a - B2 * even - A2 * even2, A * odd + B * odd2 - A2_B2 * f, a + even + even2, f
+    return a, f - HIGH * odd - LOW * odd2, -BOTH2 * a - HIGH2 * even - LOW2 * even2, LOW * odd + HIGH * odd2 - BOTH2 * f, a + even + even2, f
 
 
 @numba.njit(inline="always", fastmath={"contract"})
 def output4(a, b, c, d, e, f):
     """A^T: four pixels of the output."""
     even, odd, even2, odd2 = b + c, b - c, d + e, d - e
-    return a + even + even2, A * odd + B * odd2, A2 * even + B2 * even2, A3 * odd + B3 * odd2 + f
+    return a + even + even2, LOW * odd + HIGH * odd2, LOW2 * even + HIGH2 * even2, LOW3 * odd + HIGH3 * odd2 + f
 
 
 @numba.njit(inline="always", fastmath={"contract"})
 def output4_back(a, b, c, d):
     """A: the adjoint of `output4`."""
-    even, odd, even2, odd2 = a + A2 * c, A * b + A3 * d, a + B2 * c, B * b + B3 * d
+    even, odd, even2, odd2 = a + LOW2 * c, LOW * b + LOW3 * d, a + HIGH2 * c, HIGH * b + HIGH3 * d
     return a, even + odd, even - odd, even2 + odd2, even2 - odd2, d
 
 
@@ -429,6 +429,17 @@ def from_output(tile, columns, d, t):
                     d[v + c], d[v + DOWN[1] + c], d[v + DOWN[2] + c], d[v + DOWN[3] + c], d[v + DOWN[4] + c], d[v + DOWN[5] + c])
 
 
+@numba.njit(inline="always")
+def take(source, start, some, target, at):
+    """Copies `some` numbers, LANES at most: that many in vectors, which a number unknown beforehand would leave to a call of memcpy."""
+    if some == EACH:
+        for c in range(EACH):
+            target[at + c] = source[start + c]
+    else:
+        for c in range(some):
+            target[at + c] = source[start + c]
+
+
 def patches(x, padding, region, seen):
     """B^T d B of the patches of x (B, H, W, C) under the tiles of a region, into seen (P, B * down * across, C).
 
@@ -437,106 +448,107 @@ def patches(x, padding, region, seen):
     """
     count, height, width, channels = x.shape
     top, left, down, across, high, wide = region
-    pixels, places, plane, side = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels, wide + 2
+    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
     for row in numba.prange(count * down):
         image, i = row // down, row % down
         d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range((high + 2) * side):
-                    y, z = top + high * i - padding + k // side, left + wide * j - padding + k % side
-                    at = uintp((8 * (k // side) + k % side) * LANES)
-                    if 0 <= y < height and 0 <= z < width:
-                        start = uintp(((image * height + y) * width + z) * channels + first)
-                        for c in range(some):
-                            d[at + c] = pixels[start + c]
-                    else:
-                        for c in range(EACH):
-                            d[at + c] = 0
-                to_patch(high, side, d, t)
+                for r in range(high + 2):
+                    y = top + high * i - padding + r
+                    for c in range(wide + 2):
+                        beside, at = left + wide * j - padding + c, uintp((8 * r + c) * LANES)
+                        if 0 <= y < height and 0 <= beside < width:
+                            take(pixels, uintp(((image * height + y) * width + beside) * channels + first), some, d, at)
+                        else:
+                            for k in range(EACH):
+                                d[at + k] = 0
+                to_patch(high, wide + 2, d, t)
                 to_patch(wide, high + 2, t, d)
-                for k in range((high + 2) * side):
-                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
-                    for c in range(some):
-                        places[start + c] = d[at + c]
+                start = (row * across + j) * channels + first
+                for r in range(high + 2):
+                    for c in range(wide + 2):
+                        take(d, uintp((8 * r + c) * LANES), some, places, uintp(start))
+                        start += plane
 
 
 def patches_back(seen, padding, region, x):
     """The adjoint of `patches`: adds to x."""
     count, height, width, channels = x.shape
     top, left, down, across, high, wide = region
-    pixels, places, plane, side = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels, wide + 2
+    pixels, places, plane = x.reshape(-1), seen.reshape(-1), seen.shape[1] * channels
     for image in numba.prange(count):
         d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
-        for number in range(down * across):
-            i, j = number // across, number % across
+        for tile in range(down * across):
+            i, j = tile // across, tile % across
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range((high + 2) * side):
-                    start = uintp(k * plane + (image * down * across + number) * channels + first)
-                    at = uintp((8 * (k // side) + k % side) * LANES)
-                    for c in range(some):
-                        d[at + c] = places[start + c]
-                from_patch(high, side, d, t)
+                start = (image * down * across + tile) * channels + first
+                for r in range(high + 2):
+                    for c in range(wide + 2):
+                        take(places, uintp(start), some, d, uintp((8 * r + c) * LANES))
+                        start += plane
+                from_patch(high, wide + 2, d, t)
                 from_patch(wide, high + 2, t, d)
-                for k in range((high + 2) * side):
-                    y, z = top + high * i - padding + k // side, left + wide * j - padding + k % side
-                    if 0 <= y < height and 0 <= z < width:
-                        start, at = uintp(((image * height + y) * width + z) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
-                        for c in range(some):
-                            pixels[start + c] += d[at + c]
+                for r in range(high + 2):
+                    y = top + high * i - padding + r
+                    for c in range(wide + 2):
+                        beside, at = left + wide * j - padding + c, uintp((8 * r + c) * LANES)
+                        if 0 <= y < height and 0 <= beside < width:
+                            to = uintp(((image * height + y) * width + beside) * channels + first)
+                            for k in range(some):
+                                pixels[to + k] += d[at + k]
 
 
 def outputs(made, region, y):
     """A^T m A of each tile of made (P, B * down * across, C), into a region of y (B, H, W, C); what lies outside of y is dropped."""
     count, height, width, channels = y.shape
     top, left, down, across, high, wide = region
-    pixels, places, plane, side = y.reshape(-1), made.reshape(-1), made.shape[1] * channels, wide + 2
+    pixels, places, plane = y.reshape(-1), made.reshape(-1), made.shape[1] * channels
     for row in numba.prange(count * down):
         image, i = row // down, row % down
         d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range((high + 2) * side):
-                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
-                    for c in range(some):
-                        d[at + c] = places[start + c]
-                to_output(high, side, d, t)
+                start = (row * across + j) * channels + first
+                for r in range(high + 2):
+                    for c in range(wide + 2):
+                        take(places, uintp(start), some, d, uintp((8 * r + c) * LANES))
+                        start += plane
+                to_output(high, wide + 2, d, t)
                 to_output(wide, high, t, d)
-                for k in range(high * wide):
-                    u, v = top + high * i + k // wide, left + wide * j + k % wide
-                    if u < height and v < width:
-                        start, at = uintp(((image * height + u) * width + v) * channels + first), uintp((8 * (k // wide) + k % wide) * LANES)
-                        for c in range(some):
-                            pixels[start + c] = d[at + c]
+                for r in range(min(high, height - top - high * i)):
+                    for c in range(min(wide, width - left - wide * j)):
+                        pixel = (image * height + top + high * i + r) * width + left + wide * j + c
+                        take(d, uintp((8 * r + c) * LANES), some, pixels, uintp(pixel * channels + first))
 
 
 def outputs_back(gradient, region, made):
     """The adjoint of `outputs`, of gradient (B, H, W, C), into made (P, B * down * across, C)."""
     count, height, width, channels = gradient.shape
     top, left, down, across, high, wide = region
-    pixels, places, plane, side = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels, wide + 2
+    pixels, places, plane = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels
     for row in numba.prange(count * down):
         image, i = row // down, row % down
         d, t = np.empty(64 * LANES, np.float32), np.empty(64 * LANES, np.float32)
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                for k in range(high * wide):
-                    u, v = top + high * i + k // wide, left + wide * j + k % wide
-                    at = uintp((8 * (k // wide) + k % wide) * LANES)
-                    if u < height and v < width:
-                        start = uintp(((image * height + u) * width + v) * channels + first)
-                        for c in range(some):
-                            d[at + c] = pixels[start + c]
-                    else:
-                        for c in range(EACH):
-                            d[at + c] = 0
+                for r in range(high):
+                    y = top + high * i + r
+                    for c in range(wide):
+                        beside, at = left + wide * j + c, uintp((8 * r + c) * LANES)
+                        if y < height and beside < width:
+                            take(pixels, uintp(((image * height + y) * width + beside) * channels + first), some, d, at)
+                        else:
+                            for k in range(EACH):
+                                d[at + k] = 0
                 from_output(high, wide, d, t)
                 from_output(wide, high + 2, t, d)
-                for k in range((high + 2) * side):
-                    start, at = uintp(k * plane + (row * across + j) * channels + first), uintp((8 * (k // side) + k % side) * LANES)
-                    for c in range(some):
-                        places[start + c] = d[at + c]
+                start = (row * across + j) * channels + first
+                for r in range(high + 2):
+                    for c in range(wide + 2):
+                        take(d, uintp((8 * r + c) * LANES), some, places, uintp(start))
+                        start += plane

@@ -440,6 +440,9 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                     if config.run.resume == "auto" and not begun:
                         report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
                                    "this one begins anew")
+                    if config.recipe == "default" and not begun:
+                        report.say(f"no --config-file: {config.loop.epochs:,} epochs with the defaults and what the command line gives; "
+                                   "rn_configs/ holds recipes (--config-file rn_configs/se94.yaml)")
                     itself = replace(config, run=replace(config.run, folder="", resume=""))    # given again, it is a new run
                     folder.write_start(itself.as_dict(), environment)
                 elif state is not None:

@@ -552,14 +552,15 @@ def test_a_series_from_before_a_key_came_goes_on(series, monkeypatch, capsys):
 def test_both_ways_to_a_convolutions_gradient_are_timed(tmp_path):
     def shell(*arguments):
         return subprocess.run([sys.executable, "-m", "benchmarks.convolutions", *arguments], cwd=ROOT, text=True, capture_output=True)
-    done = shell("--sides", "3", "14", "--channels", "4", "--batch", "9", "--rounds", "2", "--out", str(tmp_path))
+    done = shell("--sides", "3", "14", "--channels", "4", "--channels-in", "6", "--batch", "9", "--rounds", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if re.match(r"\| *4 *\|", line)]
+    rows = [line for line in done.stdout.splitlines() if re.match(r"\| *6 to 4 *\|", line)]
     assert [("3 x 3" in row, "14 x 14" in row) for row in rows] == [(True, False), (False, True)]
     kept = json.loads((tmp_path / "convolutions.json").read_text())
     assert all(0 < seconds < 10 for result in kept["results"] for seconds in result["seconds"].values())
-    wrong = shell("--sides", "32", "--rounds", "0")
+    wrong = shell("--sides", "32", "--rounds", "0", "--channels-in", "0")
     assert wrong.returncode == 2 and "--sides: got 32, expected 31 and fewer" in wrong.stderr and "--rounds: got 0" in wrong.stderr
+    assert "--channels-in: got 0" in wrong.stderr
 
 
 def test_what_the_host_costs_a_step_is_counted(series, tmp_path):

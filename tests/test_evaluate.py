@@ -145,6 +145,12 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert "shift.png" not in output.splitlines()[-1] and "notes.txt" not in output.splitlines()[-1]
 
 
+@pytest.mark.parametrize("split, told", [("train", 1), ("test", 0)])
+def test_images_that_were_trained_on_are_told_as_such(split, told, run, tmp_path):
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", run[0], "--data", run[0].parent / f"{split}.beton", "--out", "told")
+    assert status == 0 and output.count("which the net was trained on") == told, errors
+
+
 def test_a_folder_of_images_will_do(run, tmp_path):
     from PIL import Image
     folder, test, outcome = run

@@ -748,6 +748,12 @@ def test_auto_knows_a_run_by_its_config_not_by_its_name(betons, tmp_path, monkey
     assert f"no unfinished run of this config in {tmp_path}" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_training_without_a_recipe_says_that_it_has_none(betons, tmp_path, capsys):
+    for recipe, said in (("default", 1), ("stripes", 0)):
+        loop.fit(build({**SMALL, **betons, "report.folder": str(tmp_path)}, recipe=recipe), ["test"])
+        assert capsys.readouterr().out.count("no --config-file: ") == said
+
+
 def test_a_run_folders_config_is_that_of_a_new_run(betons, tmp_path):
     train(betons, tmp_path, run__folder=str(tmp_path / "a"), loop__epochs=1)
     again = config.read_file(str(tmp_path / "a/config.yaml"))

@@ -13,6 +13,7 @@ def always(calls_of, monkeypatch):
     """Small convolutions take Winograd's way, too; the list of what it is called with."""
     monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
     monkeypatch.setattr(winograd, "LEAST_TRAINED", 1)
+    monkeypatch.setattr(winograd, "LEAST_WITH_MANY", 1)
     monkeypatch.setattr(winograd, "LEAST_FORWARDS", 1)
     return calls_of(winograd.Winograd)
 
@@ -20,7 +21,7 @@ def always(calls_of, monkeypatch):
 @pytest.fixture
 def few_images(monkeypatch):
     """Few images are tiled as many would be: with tiles of several sizes, whatever that takes of matrices."""
-    monkeypatch.setattr(winograd, "A_MATRIX", 0)
+    monkeypatch.setattr(winograd, "COST_OF_A_MATRIX", 0)
     for cached in (winograd.regions, winograd._along):
         monkeypatch.setattr(winograd, cached.__name__, cached.__wrapped__)
 
@@ -37,7 +38,7 @@ def gradients(output, leaves):
 
 
 def assert_close(output, x, weight, function, within=1e-5):
-    """Output and gradients are what float64 makes of the same, within 1e-5 of the largest: float32's own rounding of long sums."""
+    """Output and gradients are what float64 makes of the same, within so much of the largest: float32's own rounding of long sums."""
     leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
     exact = function(*leaves)
     for mine, theirs in zip([output.detach(), *gradients(output, (x, weight))], [exact.detach(), *gradients(exact, leaves)], strict=True):
@@ -65,23 +66,25 @@ def test_it_is_that_in_tiles_of_several_sizes(padding, height, width, c_in, c_ou
 
 
 @pytest.mark.parametrize("images", [1, 32, 1000])
-def test_tiles_cover_each_pixel_once_with_no_more_multiplications_than_tiles_of_one_size(images):
+def test_tiles_cover_each_pixel_once_and_cost_no_more_than_tiles_of_one_size(images):
     for height in range(1, 40):
         for width in {1, 7, 16, height}:
             covered, multiplications, matrices = torch.zeros(height + 6, width + 6), 0, 0
             for top, left, down, across, high, wide in winograd.regions(height, width, images):
+                assert top + (down - 1) * high < height and left + (across - 1) * wide < width    # no tile lies outside
                 covered[top:top + down * high, left:left + across * wide] += 1
                 multiplications += (high + 2) * (wide + 2) * down * across
                 matrices += (high + 2) * (wide + 2)
             assert covered[:height, :width].eq(1).all() and covered.max() == 1
             for tile in winograd.POINTS if height == width else ():
                 alike = (tile + 2)**2
-                assert (images * multiplications + winograd.A_MATRIX * matrices
-                        <= images * alike * (-(-height // tile))**2 + winograd.A_MATRIX * alike)
+                assert (images * multiplications + winograd.COST_OF_A_MATRIX * matrices
+                        <= images * alike * (-(-height // tile))**2 + winograd.COST_OF_A_MATRIX * alike)
 
 
-@pytest.mark.parametrize("side, tiles", [(3, [(3, 1)]), (6, [(6, 1)]), (7, [(4, 1), (3, 1)]), (13, [(6, 1), (4, 1), (3, 1)]), (14, [(6, 1), (4, 2)]),
-                                         (30, [(6, 5)]), (32, [(6, 4), (4, 2)])])
+@pytest.mark.parametrize("side, tiles", [
+    (3, ((3, 1),)), (6, ((6, 1),)), (7, ((4, 1), (3, 1))), (13, ((6, 1), (4, 1), (3, 1))), (14, ((6, 1), (4, 2))), (30, ((6, 5),)),
+    (32, ((6, 4), (4, 2)))])
 def test_the_sides_of_our_nets_are_tiled_so(side, tiles):
     assert winograd._along(side, 1000) == tiles
 
@@ -90,11 +93,12 @@ def test_the_sides_of_our_nets_are_tiled_so(side, tiles):
 def test_transformations_are_toom_and_cooks_and_their_adjoints(tile):
     """A row of outputs is the sum that it should be, of any row and filter; <transformed, other> = <it, other transformed back>."""
     kernels = pytest.importorskip("seresnet.kernels")
-    patch, patch_back, output, output_back = (getattr(kernels, f"{name}{tile}{back}").py_func for name in ("patch", "output") for back in ("", "_back"))
+    names = [f"{name}{tile}{back}" for name in ("patch", "output") for back in ("", "_back")]
+    patch, patch_back, output, output_back = (getattr(kernels, name).py_func for name in names)
     rng = np.random.default_rng(tile)
     row, other, made, back = rng.normal(size=tile + 2), rng.normal(size=tile + 2), rng.normal(size=tile + 2), rng.normal(size=tile)
     for place in range(3):
-        of_filter = winograd.filters(tile)[:, place].numpy()
+        of_filter = winograd.filter_matrix(tile)[:, place].numpy()
         assert np.allclose(output(*(of_filter * patch(*row))), row[place:place + tile], atol=2e-6)    # whose constants are float32
     assert np.dot(patch(*row), other) == pytest.approx(np.dot(row, patch_back(*other)), rel=1e-12)
     assert np.dot(output(*made), back) == pytest.approx(np.dot(made, output_back(*back)), rel=1e-12)
@@ -113,14 +117,30 @@ def test_it_rounds_as_little_as_is_said(tile, most, always, monkeypatch):
         assert 1e-8 < float((mine - theirs).detach().norm() / theirs.detach().norm()) < most
 
 
-@pytest.mark.parametrize("together", [1, 5, 8, 1000])
+@pytest.mark.parametrize("together, images", [(1, 1), (3, 1), (4, 2), (9, 4), (1000, 7)])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_any_number_of_images_is_taken_in_parts(count, together, always, few_images, monkeypatch):
-    monkeypatch.setattr(winograd, "TOGETHER", together)    # tiles; an image has four of one size and two of another
+def test_any_number_of_images_is_taken_in_parts(count, together, images, always, few_images, monkeypatch):
+    monkeypatch.setattr(winograd, "MOST_TOGETHER", together)    # tiles; an image has two of either size
     x, weight = tensors(count, 3, 4, 8, 7)
+    tiled = winograd.regions(8, 7, count)
+    assert [region.tiles for region in tiled] == [2, 2] and all(winograd._together(7, region, 4, 3) == images for region in tiled)
     output = conv.convolve(x, weight, 1, 1)
     assert len(always) == 1
     assert_close(output, x, weight, lambda x, w: F.conv2d(x, w, padding=1))
+
+
+@pytest.mark.parametrize("c_in, c_out, tiles", [(3, 600, 128), (85, 85, 128), (96, 256, 144), (256, 96, 144), (600, 600, 512)])
+def test_more_tiles_are_taken_together_where_filters_are_large(c_in, c_out, tiles):
+    assert winograd._together(1 << 20, winograd.Region(0, 0, 1, 1, 6, 6), c_out, c_in) == tiles
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_a_weights_gradient_lies_as_the_weight_does(form, always, few_images):
+    x, weight = tensors(3, 4, 5, 7, 13)
+    weight = weight.detach().contiguous(memory_format=form).requires_grad_()
+    of_x, of_weight = gradients(conv.convolve(x, weight, 1, 1), (x, weight))
+    assert len(always) == 1 and of_weight.stride() == weight.stride() and of_x.stride() == x.stride()
+    assert_close(conv.convolve(x, weight, 1, 1), x, weight, lambda x, w: F.conv2d(x, w, padding=1))
 
 
 def test_no_images_are_none(always):
@@ -156,24 +176,34 @@ def test_a_second_derivative_is_refused_not_wrong(always):
         of_weight.sum().backward()
 
 
+@pytest.mark.parametrize("side, tiled", [(6, 1), (7, 4)])
 @pytest.mark.parametrize("wanted", ["weight", "x", "neither"])
-def test_only_what_is_wanted_is_computed(wanted, always, monkeypatch):
+def test_only_what_is_wanted_is_computed(wanted, side, tiled, always, few_images, monkeypatch):
     products, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *args, **options: products.append(args) or bmm(*args, **options))
-    x, weight = tensors(4, 3, 3, 6, 6)
+    x, weight = tensors(4, 3, 3, side, side)
     x, weight = (t.detach().requires_grad_(wanted == name) for t, name in ((x, "x"), (weight, "weight")))
     output = conv.convolve(x, weight, 1, 1)
-    assert len(always) == len(products) == 1 and output.requires_grad == (wanted != "neither")
+    assert len(always) == 1 and len(products) == tiled and output.requires_grad == (wanted != "neither")
     if output.requires_grad:
         output.sum().backward()
-    assert len(products) == 1 + (wanted == "x") and (x.grad is None) == (wanted != "x") and (weight.grad is None) == (wanted != "weight")
+    assert len(products) == tiled * (1 + (wanted == "x")) and (x.grad is None) == (wanted != "x") and (weight.grad is None) == (wanted != "weight")
 
 
-def test_it_repeats_to_the_bit(always):
-    x, weight = tensors(20, 16, 24, 9, 9)
-    first, second = ([output.detach(), *gradients(output, (x, weight))]
-                     for output in (conv.convolve(x, weight, 1, 1) for _ in range(2)))
-    assert len(always) == 2 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_it_repeats_to_the_bit(always, few_images):
+    """The gradient by the weight with the same number of threads, which torch's products of matrices may share out otherwise."""
+    x, weight = tensors(20, 16, 24, 13, 9)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            output = conv.convolve(x, weight, 1, 1)
+            found.append([output.detach(), *gradients(output, (x, weight))])
+    finally:
+        torch.set_num_threads(before)
+    first, again, with_two = found
+    assert len(always) == 3 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:2], with_two[:2], strict=True)) and torch.allclose(first[2], with_two[2], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("why", ["bfloat16", "float64", "autocast", "stride", "1x1", "5x5", "little", "no numba", "channels first", "traced"])
@@ -239,11 +269,11 @@ def test_autocast_that_is_on_for_the_backward_pass_alone_changes_nothing(always)
     assert len(always) == 2 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("c_in, c_out, both_ways, forwards", [(23, 512, False, False), (512, 23, False, False), (24, 63, False, False),
-                                                              (24, 64, True, False), (48, 64, True, False), (64, 64, True, True),
-                                                              (288, 288, True, True)])
-def test_few_channels_are_left_to_torch(c_in, c_out, both_ways, forwards, calls_of):
-    x, weight = tensors(1, c_in, c_out, 4, 4)
+@pytest.mark.parametrize("c_in, c_out, side, both_ways, forwards", [
+    (23, 512, 16, False, False), (512, 23, 16, False, False), (24, 63, 16, False, False), (24, 64, 15, False, False), (24, 64, 16, True, False),
+    (32, 63, 4, False, False), (32, 64, 4, True, False), (63, 65, 4, True, False), (64, 64, 4, True, True), (288, 288, 4, True, True)])
+def test_few_channels_are_left_to_torch(c_in, c_out, side, both_ways, forwards, calls_of):
+    x, weight = tensors(1, c_in, c_out, side, side)
     assert winograd.pays(x, weight, stride=1) == both_ways
     with torch.no_grad():
         assert winograd.pays(x, weight, stride=1) == forwards
