@@ -87,7 +87,7 @@ def passes() -> SimpleNamespace | None:
     work, and where its threads are of the kind that may not be started from several Python threads at once, as FFCV's reader and a
     training would.
 
-    numba keeps the machine code on disk (beside that file, or in the user's cache folder): it compiles once a machine, in some seconds.
+    numba keeps the machine code on disk (beside that file, or in the user's cache folder): it compiles once a machine, in ten to thirty seconds.
     """
     try:
         import numba

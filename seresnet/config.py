@@ -306,15 +306,20 @@ class Strict(Checker):
 
     def beyond(self, value) -> str:
         """What `help` leaves out, where a value lies outside of what any key of its type takes."""
+        if self.is_list and isinstance(value, str):
+            value = value.strip().removeprefix("[").removesuffix("]").split(",")
+        bounded = self.limits["at_most"] is not None or self.limits["below"] is not None
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             try:
                 number = abs(float(entry))
             except (TypeError, ValueError, OverflowError):    # the last of an integer beyond the largest float
                 number = math.inf if isinstance(entry, int) else 0
-            if self.type is int and number >= 2**63 and self.limits["at_most"] is None:
-                return ", of 64 bits"
-            if self.type is float and number and not SMALLEST_NUMBER <= number <= LARGEST_NUMBER:
-                return f", {'0 or ' if self.limits['above'] is None else ''}{SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g} in size"
+            if self.type is int and number >= 2**63 and not bounded:
+                return f", {2**63 - 1} at most"
+            if self.type is float and number > LARGEST_NUMBER and not bounded:
+                return f", {LARGEST_NUMBER:g} at most"
+            if self.type is float and 0 < number < SMALLEST_NUMBER:
+                return f", {'0 or ' if self.limits['above'] is None else ''}{SMALLEST_NUMBER:g} at least in size"
         return ""
 
     def help(self) -> str:

@@ -13,13 +13,13 @@ from seresnet.compiled import may_read, passes
 
 LEAST_CHANNELS = 24    # in and out, and so many of their product: then the products outweigh what is written and read around them
 LEAST_TRAINED, LEAST_FORWARDS = 32 * 64, 64 * 64
-MANY_PIXELS, LEAST_WITH_MANY = 16 * 16, 24 * 64    # in training fewer pay where images are large enough for tiles of six pixels
+MANY_PIXELS, LEAST_WITH_MANY = 16 * 16, 24 * 64    # in training fewer pay where images are large, most of each in tiles of six pixels
 TOGETHER, MOST_TOGETHER = 128, 512    # tiles at once; with more than 85 channels in and out more, since each time all filters are read
 COST_OF_A_MATRIX = 48    # multiplications that preparing one of a filter's places costs, and its gradient
 
 # By the tile, pixels of the output a side that are computed together, from two more of the input: the points at which polynomials are
 # multiplied, infinity beside them. A tile of 3 takes 25 multiplications for 81, one of 4 36 for 144, one of 6 64 for 324. Points of
-# opposite sign share half of their arithmetic; of such pairs of fractions up to 3 those of 4 and 6 round least (records/: larger tiles).
+# opposite sign share half of their arithmetic; of those tried those of 4 and 6 round least (records/: larger tiles, points.py).
 POINTS = {3: (0, 1, -1, 2), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), 6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2)}
 
 
@@ -58,8 +58,8 @@ class Winograd(torch.autograd.Function):
     Pixel (i, j) of the output is the sum over the 3x3 pixels of x from (i - padding, j - padding) on, zeros outside. Tiles of the
     output are taken apart, and in the transformed space the convolution is one product of matrices for each place of a patch
     (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray, arXiv 1509.09308, section 4.1). The backward pass is
-    the exact adjoint of each step; it is not differentiated itself. Errors, 1e-6 of the whole, are of the size that float32's own
-    rounding makes in the plain sum, and some times that in tiles of six pixels, 4e-6. Which tiles are taken hangs on the number of
+    the exact adjoint of each step; it is not differentiated itself. Errors are twice those that float32's own rounding makes in the
+    plain sum, 0.4e-6 of the whole, and seven times them in tiles of six pixels, 3e-6. Which tiles are taken hangs on the number of
     images, too, so that an image's result differs by as much between batches of different sizes.
     """
 
