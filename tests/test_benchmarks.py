@@ -558,6 +558,8 @@ def test_both_ways_to_a_convolutions_gradient_are_timed(tmp_path):
     assert [("3 x 3" in row, "14 x 14" in row) for row in rows] == [(True, False), (False, True)]
     kept = json.loads((tmp_path / "convolutions.json").read_text())
     assert all(0 < seconds < 10 for result in kept["results"] for seconds in result["seconds"].values())
+    done = shell("--sides", "32", "--channels", "2", "--batch", "2", "--rounds", "1", "--precision", "fp32")
+    assert done.returncode == 0 and "32 x 32" in done.stdout, done.stderr
     wrong = shell("--sides", "32", "--rounds", "0", "--channels-in", "0")
     assert wrong.returncode == 2 and "--sides: got 32, expected 31 and fewer" in wrong.stderr and "--rounds: got 0" in wrong.stderr
     assert "--channels-in: got 0" in wrong.stderr
