@@ -269,13 +269,16 @@ class Strict(Checker):
     def check(self, value):
         if not self.is_list:
             return self._one(value)
-        if isinstance(value, str):
-            value = [entry for entry in value.strip().removeprefix("[").removesuffix("]").split(",") if entry.strip()]
-        if not isinstance(value, (list, tuple)):
-            value = [value]
-        if self.limits["lengths"] and len(value) not in self.limits["lengths"]:
+        entries = self._entries(value)
+        if self.limits["lengths"] and len(entries) not in self.limits["lengths"]:
             raise ValueError(value)
-        return tuple(self._one(entry) for entry in value)
+        return tuple(self._one(entry) for entry in entries)
+
+    def _entries(self, value) -> Sequence:
+        """What `value`, one or a list, as YAML or the command line gives it, holds."""
+        if self.is_list and isinstance(value, str):
+            return [entry for entry in value.strip().removeprefix("[").removesuffix("]").split(",") if entry.strip()]
+        return value if isinstance(value, (list, tuple)) else [value]
 
     def _one(self, value):
         if self.type is bool:
@@ -306,10 +309,8 @@ class Strict(Checker):
 
     def beyond(self, value) -> str:
         """What `help` leaves out, where a value lies outside of what any key of its type takes."""
-        if self.is_list and isinstance(value, str):
-            value = value.strip().removeprefix("[").removesuffix("]").split(",")
         bounded = self.limits["at_most"] is not None or self.limits["below"] is not None
-        for entry in value if isinstance(value, (list, tuple)) else [value]:
+        for entry in self._entries(value):
             try:
                 number = abs(float(entry))
             except (TypeError, ValueError, OverflowError):    # the last of an integer beyond the largest float
@@ -369,10 +370,9 @@ def build(*layers: Mapping[str, object], recipe: str = "default", problems: Sequ
         declared.collect(flat)
     wrong = declared.validate(mode="errordict")
     for path in wrong:
-        value = declared.content[path]
-        problems.append(f"{'.'.join(path)}: got {_shown(value)} ({type(value).__name__}), expected "
-                        f"{declared.entries[path].checker.help()}" + declared.entries[path].checker.beyond(value)
-                        + _nearest_word(value, declared.entries[path].checker))
+        value, checker = declared.content[path], declared.entries[path].checker
+        problems.append(f"{'.'.join(path)}: got {_shown(value)} ({type(value).__name__}), expected {checker.help()}"
+                        + checker.beyond(value) + _nearest_word(value, checker))
     if wrong or problems:
         raise ConfigError(*problems)
     sections = {name: section(**{f.name: declared[f"{name}.{f.name}"] for f in dataclasses.fields(section)})

@@ -45,11 +45,11 @@ def pays(x: torch.Tensor, weight: torch.Tensor, stride: int) -> bool:
     """Whether torch's convolution of x (B, C_in, H, W), channels-last, and weight (C_out, C_in, k, k) takes longer: measured by
     benchmarks/convolutions.py --precision fp32. Forwards alone, where no gradient is wanted, more channels are needed than both ways."""
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    least = LEAST_FORWARDS if not trains else LEAST_TRAINED if x.shape[2:].numel() < MANY_PIXELS else LEAST_WITH_MANY
     return (not x.is_cuda and may_read(x)    # first of all: for traces
             and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
             and x.shape[1] == weight.shape[1] and weight.shape[2:] == (3, 3) and stride == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
-            and weight.shape[:2].numel() >= least)
+            and weight.shape[:2].numel() >= (
+                LEAST_FORWARDS if not trains else LEAST_TRAINED if x.shape[2:].numel() < MANY_PIXELS else LEAST_WITH_MANY))
 
 
 class Winograd(torch.autograd.Function):
