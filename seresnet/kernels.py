@@ -440,6 +440,22 @@ def take(source, start, some, target, at):
             target[at + c] = source[start + c]
 
 
+@numba.njit(inline="always")
+def to_places(d, rows, columns, some, places, start, plane):
+    """The copy's rows x columns places into `places`, each `plane` numbers behind the one before, from `start` on."""
+    for r in range(rows):
+        for c in range(columns):
+            take(d, uintp((8 * r + c) * LANES), some, places, uintp(start + (columns * r + c) * plane))
+
+
+@numba.njit(inline="always")
+def from_places(places, start, plane, rows, columns, some, d):
+    """The way back of `to_places`."""
+    for r in range(rows):
+        for c in range(columns):
+            take(places, uintp(start + (columns * r + c) * plane), some, d, uintp((8 * r + c) * LANES))
+
+
 def patches(x, padding, region, seen):
     """B^T d B of the patches of x (B, H, W, C) under the tiles of a region, into seen (P, B * down * across, C).
 
@@ -466,11 +482,7 @@ def patches(x, padding, region, seen):
                                 d[at + k] = 0
                 to_patch(high, wide + 2, d, t)
                 to_patch(wide, high + 2, t, d)
-                start = (row * across + j) * channels + first
-                for r in range(high + 2):
-                    for c in range(wide + 2):
-                        take(d, uintp((8 * r + c) * LANES), some, places, uintp(start))
-                        start += plane
+                to_places(d, high + 2, wide + 2, some, places, (row * across + j) * channels + first, plane)
 
 
 def patches_back(seen, padding, region, x):
@@ -484,11 +496,7 @@ def patches_back(seen, padding, region, x):
             i, j = tile // across, tile % across
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                start = (image * down * across + tile) * channels + first
-                for r in range(high + 2):
-                    for c in range(wide + 2):
-                        take(places, uintp(start), some, d, uintp((8 * r + c) * LANES))
-                        start += plane
+                from_places(places, (image * down * across + tile) * channels + first, plane, high + 2, wide + 2, some, d)
                 from_patch(high, wide + 2, d, t)
                 from_patch(wide, high + 2, t, d)
                 for r in range(high + 2):
@@ -512,11 +520,7 @@ def outputs(made, region, y):
         for j in range(across):
             for first in range(0, channels, LANES):
                 some = uintp(min(LANES, channels - first))
-                start = (row * across + j) * channels + first
-                for r in range(high + 2):
-                    for c in range(wide + 2):
-                        take(places, uintp(start), some, d, uintp((8 * r + c) * LANES))
-                        start += plane
+                from_places(places, (row * across + j) * channels + first, plane, high + 2, wide + 2, some, d)
                 to_output(high, wide + 2, d, t)
                 to_output(wide, high, t, d)
                 for r in range(min(high, height - top - high * i)):
@@ -547,8 +551,4 @@ def outputs_back(gradient, region, made):
                                 d[at + k] = 0
                 from_output(high, wide, d, t)
                 from_output(wide, high + 2, t, d)
-                start = (row * across + j) * channels + first
-                for r in range(high + 2):
-                    for c in range(wide + 2):
-                        take(d, uintp((8 * r + c) * LANES), some, places, uintp(start))
-                        start += plane
+                to_places(d, high + 2, wide + 2, some, places, (row * across + j) * channels + first, plane)
