@@ -101,16 +101,19 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     if path.suffix.lower() == ".beton":
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
-        data = _read_json(net.path.parent / "report.json").get("data")
-        if isinstance(data, dict) and data.get("train_sha256") == opened.sha256:
+        if _trained_on(net).get("train_sha256") == opened.sha256:
             text += " (which the net was trained on: this tells nothing of other images)"
     else:
         how = {name: net.config["sources"][name] for name in beton.HOW}
-        found = sources.find_source(path, **how, watch=report.watched("reading", " images")).read()
+        source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
+        known = split == "all" and _holds_what_was_trained_on(source, net)
+        found = source.read()
         images, labels = found.test.images, found.test.labels
         if split == "all":
             images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
         classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
+        if known:
+            text += " (with the images that the net was trained on: this tells little of others)"
     problems = []
     if strangers := sorted(set(classes) - set(net.classes)):
         problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: give "
@@ -134,19 +137,27 @@ def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarra
     return found
 
 
-def _read_json(file: Path) -> dict:
-    """What an earlier evaluation, or the training, wrote; nothing where there was none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
+def _trained_on(net: trained.TrainedNet) -> dict:
+    """What its run folder says of the images that `net` was trained on; nothing where it lies elsewhere. Runs of earlier versions say so in
+    their report alone."""
+    said = (report.read_json(net.path.parent / name).get("data") for name in ("environment.json", "report.json"))
+    return next((data for data in said if isinstance(data, dict)), {})
+
+
+def _holds_what_was_trained_on(source: sources.Source, net: trained.TrainedNet) -> bool:
+    """Whether `net` was trained on a part of the set: CIFAR's in whatever layout, another as long as its files and its folder's name are the
+    same (they are read once for that, if one of the kind was trained on)."""
+    data, name = _trained_on(net), source.official_name()
+    if name:
+        return data.get("set") == name
+    recorded = data.get("fingerprint")
+    return isinstance(recorded, str) and recorded.startswith(f"{source.kind}-") and recorded == source.fingerprint()
 
 
 def _own_folder(folder: Path, place: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... where no set of another place than `place` was evaluated."""
     numbered = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
-    return next(path for path in numbered if _read_json(path / "evaluation.json").get("place", str(place)) == str(place))
+    return next(path for path in numbered if report.read_json(path / "evaluation.json").get("place", str(place)) == str(place))
 
 
 def main() -> None:
@@ -171,7 +182,7 @@ def main() -> None:
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
     folder = Path(options.out) if options.out else _own_folder(net.path.parent / "evaluation" / "-".join(what), place)
     report.create_folder(folder)
-    earlier = _read_json(folder / "evaluation.json")
+    earlier = report.read_json(folder / "evaluation.json")
     name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))

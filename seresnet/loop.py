@@ -432,7 +432,8 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
             session = open_session(config, device, data, model, ranks, program)
         with session, memory_explained(config, device):
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
-                           "machine": runtime.describe_machine(), "seed": config.run.seed, "processes": of.world, "job": of.job}
+                           "machine": runtime.describe_machine(), "recipe": config.recipe, "seed": config.run.seed, "data": described(data),
+                           "processes": of.world, "job": of.job}
             with ranks.together():
                 if state is None and ranks.main:
                     folder = report.open_run_folder(begun) if begun else report.create_run_folder(
@@ -558,7 +559,8 @@ def changed_processes(session: Session, before: int) -> str:
 def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, dict | None]:
     """The folder to go on in, locked, and its last state, as `run.resume` asks for; (None, None) to start a new run.
 
-    Raises UserError where a named run is finished, has no checkpoint, is being trained, or is of another config or data.
+    Raises UserError where a named run is finished, has no checkpoint, is being trained, or is of another config or data; with `auto`,
+    where the unfinished run in `run.folder` is being trained or is another one.
     """
     named = config.run.resume
     if not named:
@@ -575,12 +577,15 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         except BaseException:
             folder.close()
             raise
-    for path in report.unfinished_run_folders(config.report.folder, config.run.folder):
+    unfinished = report.unfinished_run_folders(config.report.folder, config.run.folder)
+    for path in unfinished:
         if not is_of(path, config):
             continue
         try:
             folder = report.open_run_folder(path)
         except runtime.UserError:    # another process is at work there: this is not the run to go on with
+            if config.run.folder:
+                raise
             continue
         try:
             state = None if (path / "report.json").exists() else checkpoint.load(path / "last.pt")    # it may have ended by now
@@ -590,6 +595,8 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
             folder.close()
             raise
         folder.close()
+    if config.run.folder and unfinished:
+        load_state(unfinished[0], config, data)    # says what is not as it was: no other run can begin in this folder
     return None, None
 
 
@@ -598,7 +605,7 @@ def load_state(path: Path, config: Config, data: Data) -> dict:
     state = checkpoint.load(path / "last.pt")
     found = differences(state, config, data)
     if found:
-        raise runtime.UserError(*(f"run.resume: {path}: {line}: leave it as it was, or start a new run" for line in found))
+        raise runtime.UserError(*(f"run.resume: {path}: {line}: leave it as it was, or start a new run in another folder" for line in found))
     return state
 
 
@@ -811,9 +818,16 @@ def record(session: Session, epoch: int, totals: Totals, result: Evaluation | No
             "data_wait_seconds": seconds.get("data_wait", 0.0), "eval_seconds": seconds.get("eval", 0.0)}
 
 
+def described(data: Data) -> dict:
+    """What a run folder says of the images: which files, with which content, made from what."""
+    train, test = data.train, data.test
+    return {"train": str(train.path), "train_sha256": train.sha256, "test": str(test.path), "test_sha256": test.sha256, "set": train.name,
+            "source": train.source, "fingerprint": train.fingerprint.partition("/")[0]}
+
+
 def finish(session: Session, folder: report.RunFolder, result: Evaluation, keeper: Keeper) -> dict:
     """Write report.json and the curves, print the last line; returns the report."""
-    config, train, test = session.config, session.data.train, session.data.test
+    config = session.config
     train_seconds, eval_seconds, data_wait_seconds = (
         sum(line[f"{lane}_seconds"] for line in folder.records) for lane in ("train", "eval", "data_wait"))
     outcome = {
@@ -827,8 +841,7 @@ def finish(session: Session, folder: report.RunFolder, result: Evaluation, keepe
         "images_per_second": sum(line["images_per_second"] * line["train_seconds"] for line in folder.records)
         / train_seconds,
         "data_wait_fraction": data_wait_seconds / train_seconds, "seed": config.run.seed,
-        "data": {"train": str(train.path), "train_sha256": train.sha256, "test": str(test.path),
-                 "test_sha256": test.sha256, "set": train.name, "source": train.source},
+        "data": described(session.data),
         **{f"run_{name}": value for name, value in facts(session).items() if name != "parameters"}}
     with session.ranks.together():
         folder.write_report(outcome, curves=config.report.curves)

@@ -3,7 +3,7 @@
 python -m seresnet.report runs/* [--csv FILE] [--picture FILE]
 
     config.yaml        the resolved config: `--config-file` takes it again
-    environment.json   command, commit, versions, machine, seed
+    environment.json   command, commit, versions, machine, recipe, seed, data
     log.jsonl          one line an epoch
     report.json        the outcome
     curves.png         loss, accuracy and learning rate over the epochs
@@ -69,11 +69,9 @@ class RunFolder:
 
     def write_resumption(self, environment: Mapping) -> None:
         """Add to environment.json what the run goes on with."""
-        try:
-            first = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):    # killed while it was written: what goes on matters more
-            first = {}
-        self._write_json("environment.json", {**first, "resumed": [*first.get("resumed", []), dict(environment)]})
+        first = read_json(self.path / "environment.json")    # nothing where it was killed while it was written: what goes on matters more
+        of_the_run = {key: environment[key] for key in ("recipe", "seed", "data") if key in environment}    # earlier versions wrote less
+        self._write_json("environment.json", {**of_the_run, **first, "resumed": [*first.get("resumed", []), dict(environment)]})
 
     def log(self, record: Mapping) -> None:
         """Append one epoch's record to log.jsonl; it is on disk when this returns. Raises UserError where it cannot be."""
@@ -269,11 +267,20 @@ def begun_by(job: str, base: Path | str, named: Iterable[Path | str]) -> Iterato
     name are the first."""
     for path in [*map(Path, filter(None, named)), *sorted(Path(base).glob("*"), reverse=True)]:
         try:
-            content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+            content = read_json(path / "environment.json")
             if job in (content.get("job"), *(entry.get("job") for entry in content.get("resumed", []))):
                 yield path
-        except (OSError, ValueError, AttributeError, TypeError):    # what cannot be read was not begun by this job
+        except (AttributeError, TypeError):    # what cannot be read was not begun by this job
             continue
+
+
+def read_json(file: Path) -> dict:
+    """What a JSON file holds, such as a run's environment.json; nothing where it is missing, damaged or no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def read_report(path: Path) -> dict:
@@ -482,7 +489,8 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[dict]:
-    """`label`, `records` and `outcome` (None where the run has not ended) of each run folder; what is none is passed over.
+    """`label`, `records`, `begun` (what its environment.json says) and `outcome` (None where the run has not ended) of each run folder;
+    what is none is passed over.
 
     Raises UserError where none is one, or a file of one is damaged, or nothing is there.
     """
@@ -503,7 +511,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
                             "out") from error
-        runs.append({"records": records, "outcome": outcome})
+        runs.append({"records": records, "begun": read_json(folder / "environment.json"), "outcome": outcome})
         paths.append(folder.absolute())
     for run, label in zip(runs, labels(paths)):
         run["label"] = label
@@ -526,13 +534,14 @@ def main() -> None:
     runs = read_runs([name for pattern in options.folders    # which Windows' shell does not resolve
                       for name in ([pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern])])
     ended = [(run["label"], *(show(run["outcome"][name]) for name, show in COLUMNS.values())) for run in runs if run["outcome"]]
-    open_rows = [(run["label"], *[""] * (len(COLUMNS) - 1), f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
+    open_rows = [(run["label"], *(str(run["begun"].get(name, "")) for name, _ in list(COLUMNS.values())[:-1]),
+                  f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
     header = ("run", *COLUMNS)
     say(table(header, [*ended, *open_rows]))
     if options.csv:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *(    # numbers for programs: fractions, and nothing where a run has not ended
-            (run["label"], *(run["outcome"][name] if run["outcome"] else "" for name, _ in COLUMNS.values())) for run in runs)])
+        csv.writer(text, lineterminator="\n").writerows([header, *(    # numbers for programs: fractions, and little where a run has not ended
+            (run["label"], *((run["outcome"] or run["begun"]).get(name, "") for name, _ in COLUMNS.values())) for run in runs)])
         write_text(options.csv, text.getvalue())
     if options.picture:
         draw_runs(runs, Path(options.picture))

@@ -12,6 +12,7 @@ from conftest import COLOURS, run_module
 from seresnet import config
 from seresnet.augment import normalise
 from seresnet.evaluate import evaluate, measure
+from seresnet.sources import find_source
 from seresnet.tta import VIEWS
 
 MEAN, STD = (120.0, 121.0, 122.0), (60.0, 61.0, 62.0)
@@ -145,9 +146,13 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert "shift.png" not in output.splitlines()[-1] and "notes.txt" not in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("split, told", [("train", 1), ("test", 0)])
-def test_images_that_were_trained_on_are_told_as_such(split, told, run, tmp_path):
-    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", run[0], "--data", run[0].parent / f"{split}.beton", "--out", "told")
+@pytest.mark.parametrize("split, kept, told", [("train", "environment", 1), ("train", "report", 1), ("test", "environment", 0)])
+def test_images_that_were_trained_on_are_told_as_such(split, kept, told, run, tmp_path):
+    """By a run that was stopped, too, which has no report; and by one of an earlier version, whose report alone said it."""
+    (tmp_path / "run").mkdir()
+    for name in ("weights.pt", f"{kept}.json"):
+        shutil.copy(run[0] / name, tmp_path / "run")
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", "run", "--data", run[0].parent / f"{split}.beton", "--out", "told")
     assert status == 0 and output.count("which the net was trained on") == told, errors
 
 
@@ -162,7 +167,13 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "told")
     assert status == 0 and f"accuracy {outcome['accuracy_tta']:.2%}" in output, errors
     status, output, _ = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--split", "all", "--out", "told")
-    assert status == 0 and "all of it: 120 images" in output
+    assert status == 0 and "all of it: 120 images" in output and "was trained on" not in output
+    shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluation"))
+    here = json.dumps({"data": {"fingerprint": find_source(tmp_path / "set").fingerprint()}})
+    (tmp_path / "moved/environment.json").write_text(here)
+    for split, told in (("all", 1), ("test", 0)):
+        status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", "moved", "--data", "set", "--split", split, "--out", "told")
+        assert status == 0 and output.count("with the images that the net was trained on") == told, errors
     (tmp_path / "set/train/cat").rename(tmp_path / "set/train/rat")
     (tmp_path / "set/test/cat").rename(tmp_path / "set/test/rat")
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set", "--out", "again")

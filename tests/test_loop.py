@@ -666,8 +666,8 @@ def test_a_changed_config_is_refused_with_the_differences(betons, tmp_path, monk
     with pytest.raises(UserError) as caught:
         train(betons, tmp_path, run__resume=str(folder), optim__lr=0.07, loader__batch_size=8)
     assert [line.split(": ", 2)[2] for line in caught.value.problems] == [
-        "loader.batch_size: was 16, is 8: leave it as it was, or start a new run",
-        "optim.lr: was 0.05, is 0.07: leave it as it was, or start a new run"]
+        "loader.batch_size: was 16, is 8: leave it as it was, or start a new run in another folder",
+        "optim.lr: was 0.05, is 0.07: leave it as it was, or start a new run in another folder"]
     write_beton(tmp_path / "other.beton", stripes(61, 5), classes=CLASSES, name="stripes", source="elsewhere", fingerprint="y")
     other = {**betons, "beton.test": str(tmp_path / "other.beton")}
     with pytest.raises(UserError, match="other.beton holds other bytes than before"):
@@ -740,6 +740,10 @@ def test_auto_goes_on_with_the_newest_unfinished_run_of_this_config(betons, tmp_
 def test_auto_knows_a_run_by_its_config_not_by_its_name(betons, tmp_path, monkeypatch, capsys):
     """Of a folder of the user's, or of a recipe whose file is called otherwise since."""
     folder = stopped_run(betons, tmp_path, monkeypatch, run__folder=str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="mine: run.seed: was 0, is 5: leave it"):    # not that the folder is not empty
+        train(betons, tmp_path, run__folder=str(folder), run__resume="auto", run__seed=5)
+    with report.open_run_folder(folder).log_file, pytest.raises(UserError, match="another process is training into"):
+        train(betons, tmp_path, run__folder=str(folder), run__resume="auto")
     settings = {**SMALL, **betons, "report.folder": str(tmp_path), "run.resume": "auto"}
     loop.fit(build(settings, recipe="config"), ["test"])
     assert folder == tmp_path / "mine" and json.loads((folder / "report.json").read_text())["recipe"] == "stripes"

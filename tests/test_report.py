@@ -56,6 +56,10 @@ def test_the_folder_holds_what_it_was_given(tmp_path):
     folder.write_report({**OUTCOME, "bad": math.nan, "worse": [math.inf]}, curves=True)
     assert yaml.safe_load((folder.path / "config.yaml").read_text()) == {"model": {"blocks": [1, 2]}}
     assert json.loads((folder.path / "environment.json").read_text()) == {"command": ["a", "b"], "seed": 3}
+    folder.write_resumption({"seed": 3, "recipe": "r", "data": {"set": "x"}, "epoch": 1})    # after an earlier version, which wrote less
+    told = json.loads((folder.path / "environment.json").read_text())
+    assert told == {"command": ["a", "b"], "seed": 3, "recipe": "r", "data": {"set": "x"},
+                    "resumed": [{"seed": 3, "recipe": "r", "data": {"set": "x"}, "epoch": 1}]}
     assert [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()] == RECORDS == folder.records
     text = (folder.path / "report.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -165,16 +169,26 @@ def test_runs_side_by_side(run, tmp_path):
     (tmp_path / "runs/notes").mkdir()
     (tmp_path / "runs/unfinished").mkdir()
     (tmp_path / "runs/unfinished/log.jsonl").write_text((folder / "log.jsonl").read_text().splitlines()[0] + "\n")
+    (tmp_path / "runs/unfinished/environment.json").write_text('{"recipe": "se94", "seed": 12}')
     status, output, errors = run_module("report", tmp_path, "runs/first", "runs/notes", "runs/unfinished", "--csv", "t.csv", "--picture", "p.png")
+    for name, content in (("older", None), ("damaged", "{")):
+        (tmp_path / "others" / name).mkdir(parents=True)
+        (tmp_path / "others" / name / "log.jsonl").write_text("")
+        if content:
+            (tmp_path / "others" / name / "environment.json").write_text(content)
     assert status == 0, errors
     lines = output.splitlines()
     assert lines[0].startswith("| run ") and set(lines[1]) <= set("|-:") and len({len(line) for line in lines[:4]}) == 1
     assert f"{outcome['accuracy_tta']:.2%}" in lines[2] and "1 epochs so far" in lines[3]
+    assert lines[3].split()[3:6:2] == ["se94", "12"]
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["first", "unfinished"] and rows[1]["accuracy"] == ""
+    assert (rows[1]["recipe"], rows[1]["seed"]) == ("se94", "12")
     assert float(rows[0]["with TTA"]) == outcome["accuracy_tta"] and int(rows[0]["parameters"]) == outcome["parameters"]
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1200
+    status, output, errors = run_module("report", tmp_path, "others/older", "others/damaged")
+    assert status == 0 and output.count("0 epochs so far") == 2, errors
     status, output, errors = run_module("report", tmp_path, "runs/[fn]*")    # as Windows' shell hands it on
     assert status == 0 and output.splitlines()[2].split() == lines[2].split(), errors
     (tmp_path / "series/a").mkdir(parents=True)
