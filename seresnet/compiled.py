@@ -1,7 +1,11 @@
 """seresnet/kernels.py, compiled by numba where numba can, gpu_kernels.py, compiled by Triton, and when a tensor is worth it."""
 from __future__ import annotations
 
+import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
@@ -12,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}    # what a number's bits are passed as
 ON_A_GPU = (torch.bfloat16, torch.float16, torch.float32)
 LEAST = 1 << 20    # elements from which it is worth loading the compiled code, some tenths of a second where it was compiled before
+PATIENCE = 3.0    # seconds without a word; what was compiled before is loaded in less
 ROWS = 64    # sums over the batch are taken in so many parts, whatever the number of threads: results do not depend on it
 
 
@@ -124,10 +129,25 @@ def passes() -> SimpleNamespace | None:
     found = SimpleNamespace(**{function.__name__: threaded(function) for function in functions})
     found.ROWS, found.statistics, found.gradient_statistics = ROWS, statistics, gradient_statistics
     try:
-        _try(found, np.int16 if has_bf16() else np.int32)
+        with told_where_it_takes_long():
+            _try(found, np.int16 if has_bf16() else np.int32)
         return found if numba.threading_layer() in ("omp", "tbb") else None
     except Exception:    # numba raises what a setting of its own leads it to
         return None
+
+
+@contextmanager
+def told_where_it_takes_long() -> Iterator[None]:
+    """Say, to the log `seresnet`, what takes so long, where it takes longer than PATIENCE seconds. Without a handler of the user's own that is
+    a line on the error stream."""
+    timer = threading.Timer(PATIENCE, logging.getLogger("seresnet").warning, [
+        "compiling for this CPU: 10 to 30 s where nothing of it is on disk, which is where it is kept if it can be"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _try(passes: SimpleNamespace, kind: type) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -153,6 +154,8 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
                         "they reach the first one's MASTER_ADDR and MASTER_PORT? Where a machine has several networks, "
                         "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the one to take") from error
     ranks = Ranks(of)
+    log = logging.getLogger("seresnet")
+    log.disabled, disabled = log.disabled or not ranks.main, log.disabled
     try:
         with nullcontext() if ranks.main else open_null() as null, nullcontext() if ranks.main else redirect_stdout(null):
             yield ranks
@@ -167,6 +170,8 @@ def join(of: Launch, device: torch.device) -> Iterator[Ranks]:
                             f"(the launcher's report names it; {_first_line(error)}): go on from the last checkpoint with "
                             "--run.resume") from error
         raise
+    finally:
+        log.disabled = disabled
 
 
 def open_null():
