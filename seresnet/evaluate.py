@@ -183,7 +183,7 @@ def main() -> None:
     folder = Path(options.out) if options.out else _own_folder(net.path.parent / "evaluation" / "-".join(what), place)
     report.create_folder(folder)
     earlier = report.read_json(folder / "evaluation.json")
-    name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}")
+    name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}") + net.progress
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started
@@ -197,8 +197,8 @@ def main() -> None:
         short = [name[:6] for name in net.classes]
         report.say("\n" + report.table(("true \\ predicted", *(short if len(set(short)) == len(short) else net.classes)),
                                        [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
-    outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "tta": options.tta or net.tta,
-               "seconds": seconds, **{
+    outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "epochs_done": net.epochs_done,
+               "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:

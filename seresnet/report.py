@@ -41,7 +41,8 @@ from seresnet.runtime import UserError
 T = TypeVar("T")
 CHECKPOINTS = ("weights.pt", "best.pt", "last.pt")
 # What a mistyped name of a file to write may stand for, and nobody can make again.
-MISSED = {".pt", ".beton", ".pkl", ".pickle", ".npy", ".npz", ".bin", ".gz", ".tgz", ".zip", ".parquet", ".jsonl", ".yaml", *PICTURE_SUFFIXES, *IMAGE_SUFFIXES}
+MISSED = {".json", ".md", ".py", ".ipynb", ".sh", ".toml",
+          ".pt", ".beton", ".pkl", ".pickle", ".npy", ".npz", ".bin", ".gz", ".tgz", ".zip", ".parquet", ".jsonl", ".yaml", *PICTURE_SUFFIXES, *IMAGE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def check_writable(path: Path | str, *read: Path | str, kinds: Sequence[str] = ()) -> None:
     """Raise UserError, before any work is done, where no file can be written at `path`, or where one lies there that would be missed: one of
-    `read`, what the program reads; a run's checkpoint; or data, a picture or a recipe by its suffix, but those of `kinds`, which it writes."""
+    `read`, what the program reads; a run's checkpoint; or data, a text, a program, a picture or a recipe by its suffix, but those of `kinds`,
+    which it writes."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, expected the name of a file to write")
@@ -534,8 +536,10 @@ def main() -> None:
     runs = read_runs([name for pattern in options.folders    # which Windows' shell does not resolve
                       for name in ([pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern])])
     ended = [(run["label"], *(show(run["outcome"][name]) for name, show in COLUMNS.values())) for run in runs if run["outcome"]]
-    open_rows = [(run["label"], *(str(run["begun"].get(name, "")) for name, _ in list(COLUMNS.values())[:-1]),
-                  f"{len(run['records'])} epochs so far") for run in runs if not run["outcome"]]
+    for run in runs:
+        run["begun"]["epochs"] = len(run["records"])
+    open_rows = [(run["label"], *(f"{run['begun'].get(name, '')}{' so far' if name == 'epochs' else ''}" for name, _ in COLUMNS.values()))
+                 for run in runs if not run["outcome"]]
     header = ("run", *COLUMNS)
     say(table(header, [*ended, *open_rows]))
     if options.csv:

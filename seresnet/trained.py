@@ -88,6 +88,9 @@ def load(path: Path | str, device: str = "auto", precision: str = "auto") -> Tra
     """
     path = Path(path)
     file = path / "weights.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise CheckpointError(f"{path}: the training was stopped before the end of its first epoch: go on with --run.resume {path}"
+                              if (path / "last.pt").exists() else f"{path}: holds no weights.pt: name a run folder, or its weights.pt or best.pt")
     state = checkpoint.load(file)
     missing = {"model", "config", "classes", "mean", "std", "epochs_done"} - state.keys()
     if missing:

@@ -132,7 +132,7 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert status == 0, errors
     assert f"accuracy {outcome['accuracy_tta']:.2%}" in output and "emu, tall" in output and "| noise" in output
     told = json.loads((tmp_path / "told/evaluation.json").read_text())
-    assert told["accuracy"] == outcome["accuracy_tta"] and np.array(told["confusion"]).sum() == 60
+    assert told["epochs_done"] == 3 and told["accuracy"] == outcome["accuracy_tta"] and np.array(told["confusion"]).sum() == 60
     assert set(told["shift"]) == {"noise", "blur", "brightness", "contrast", "jpeg", "pixelation"}
     assert {path.name for path in (tmp_path / "told").iterdir()} >= {"evaluation.json", "confusion.png", "shift.png"}
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", folder.parent / "test.beton", "--out", "told")

@@ -179,16 +179,16 @@ def test_runs_side_by_side(run, tmp_path):
     assert status == 0, errors
     lines = output.splitlines()
     assert lines[0].startswith("| run ") and set(lines[1]) <= set("|-:") and len({len(line) for line in lines[:4]}) == 1
-    assert f"{outcome['accuracy_tta']:.2%}" in lines[2] and "1 epochs so far" in lines[3]
+    assert f"{outcome['accuracy_tta']:.2%}" in lines[2] and lines[3].split()[6:10] == ["|", "1", "so", "far"]
     assert lines[3].split()[3:6:2] == ["se94", "12"]
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["first", "unfinished"] and rows[1]["accuracy"] == ""
-    assert (rows[1]["recipe"], rows[1]["seed"]) == ("se94", "12")
+    assert (rows[1]["recipe"], rows[1]["seed"], rows[1]["epochs"]) == ("se94", "12", "1")
     assert float(rows[0]["with TTA"]) == outcome["accuracy_tta"] and int(rows[0]["parameters"]) == outcome["parameters"]
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1200
     status, output, errors = run_module("report", tmp_path, "others/older", "others/damaged")
-    assert status == 0 and output.count("0 epochs so far") == 2, errors
+    assert status == 0 and output.count(" 0 so far ") == 2, errors
     status, output, errors = run_module("report", tmp_path, "runs/[fn]*")    # as Windows' shell hands it on
     assert status == 0 and output.splitlines()[2].split() == lines[2].split(), errors
     (tmp_path / "series/a").mkdir(parents=True)

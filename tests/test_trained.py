@@ -70,7 +70,10 @@ def test_images_that_do_not_fit_are_refused(run, images, message):
 def test_what_is_no_net_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="holds no trained net .*weights.pt or best.pt"):
         seresnet.load(run[0] / "last.pt", "cpu")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="holds no weights.pt: name a run folder"):
+        seresnet.load(tmp_path, "cpu")
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match="stopped before the end of its first epoch: go on with --run.resume"):
         seresnet.load(tmp_path, "cpu")
     state = checkpoint.load(run[0] / "weights.pt")
     state["config"]["model"]["channels"] = [16]
@@ -285,7 +288,7 @@ def test_a_link_to_a_file_stays_one(run, tmp_path):
     assert status == 0 and (tmp_path / "p.csv").is_symlink() and (tmp_path / "there/real.csv").read_text().startswith("ID,"), errors
 
 
-@pytest.mark.parametrize("name", ["hidden", "hidden.pkl", "weights.pt", "other.pt", "1.png", "2.jpeg", "x.beton"])
+@pytest.mark.parametrize("name", ["hidden", "hidden.pkl", "weights.pt", "other.pt", "1.png", "2.jpeg", "x.beton", "x.beton.json", "README.md"])
 def test_predictions_take_the_place_of_no_data_and_no_net(run, tmp_path, name):
     (tmp_path / "hidden").write_bytes(pickle.dumps({b"data": run[1].images}, protocol=2))
     if name != "hidden":
