@@ -105,7 +105,13 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
             text += " (which the net was trained on: this tells nothing of other images)"
     else:
         how = {name: net.config["sources"][name] for name in beton.HOW}
-        source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
+        try:
+            source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
+        except sources.MissingError as error:
+            betons = sorted(file.name for file in path.glob("*.beton"))
+            raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
+                f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
+            ) from error
         known = split == "all" and _holds_what_was_trained_on(source, net)
         found = source.read()
         images, labels = found.test.images, found.test.labels

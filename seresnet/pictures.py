@@ -103,16 +103,19 @@ def draw_runs(runs: Sequence[Mapping], path: Path) -> None:
                        color=colour, markersize=7, markerfacecolor="none" if i >= len(COLOURS) else colour, clip_on=False)
     curves.set_xlabel("epoch")
     curves.set_ylabel("accuracy on the evaluation split")
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     times.set_xlabel("training and evaluation (seconds)")
     times.set_ylabel("final accuracy, with TTA")
     times.margins(0.1)
     times.set_xlim(left=0)
     times.set_ylim(top=min(times.get_ylim()[1], 1.005))
-    for axes in (curves, times):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    for axes, missing in ((curves, "no epoch was evaluated yet"), (times, "no run has ended yet")):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         axes.grid(alpha=0.3)
         _bare(axes)
+        if not any(len(line.get_xdata()) for line in axes.lines):
+            axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", color="#777777")
+            axes.set(xticks=[], yticks=[])
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path)
 

@@ -190,5 +190,10 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "other/set")
     assert status == 0 and str(folder / "evaluation/set-2") in output, "its own folder again"
     assert json.loads((folder / "evaluation/set/evaluation.json").read_text()) == told, "another set's of that name stays"
+    (tmp_path / "data").mkdir()
+    for name in ("train.beton", "test.beton"):
+        shutil.copy(folder.parent / name, tmp_path / "data")
+    status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "data")
+    assert status == 2 and "holds no data set that we read, but test.beton, train.beton: name one of them" in errors
     status, _, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "nowhere")
     assert status == 2 and "error: --data nowhere: does not exist" in errors
