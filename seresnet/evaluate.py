@@ -104,22 +104,7 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         if _trained_on(net).get("train_sha256") == opened.sha256:
             text += " (which the net was trained on: this tells nothing of other images)"
     else:
-        how = {name: net.config["sources"][name] for name in beton.HOW}
-        try:
-            source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
-        except sources.MissingError as error:
-            betons = sorted(file.name for file in path.glob("*.beton"))
-            raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
-                f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
-            ) from error
-        known = split == "all" and _holds_what_was_trained_on(source, net)
-        found = source.read()
-        images, labels = found.test.images, found.test.labels
-        if split == "all":
-            images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
-        classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
-        if known:
-            text += " (with the images that the net was trained on: this tells little of others)"
+        images, labels, classes, text = _read_set(path, net, split)
     problems = []
     if strangers := sorted(set(classes) - set(net.classes)):
         problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: give "
@@ -132,6 +117,27 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     if problems:
         raise runtime.UserError(*problems)
     return images, labels, text
+
+
+def _read_set(path: Path, net: trained.TrainedNet, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
+    """Images, labels, numbers into the classes that follow, and a description, of a data set read as `net`'s own was."""
+    how = {name: net.config["sources"][name] for name in beton.HOW}
+    try:
+        source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
+    except sources.MissingError as error:
+        betons = sorted(file.name for file in path.glob("*.beton"))
+        raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
+            f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
+        ) from error
+    known = split == "all" and _holds_what_was_trained_on(source, net)
+    found = source.read()
+    images, labels = found.test.images, found.test.labels
+    if split == "all":
+        images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
+    classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
+    if known:
+        text += " (with the images that the net was trained on: this tells little of others)"
+    return images, labels, classes, text
 
 
 def measure_shift(net: trained.TrainedNet, images: np.ndarray, labels: np.ndarray, tta: str = "", batch_size: int = 0) -> dict[str, list[float]]:
