@@ -129,7 +129,7 @@ def _read_set(path: Path, net: trained.TrainedNet, split: str) -> tuple[np.ndarr
         raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
             f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
         ) from error
-    known = split == "all" and _holds_what_was_trained_on(source, net)
+    known = split == "all" and _holds_what_was_trained_on(source, net)    # before its images are in memory: it may read files whole
     found = source.read()
     images, labels = found.test.images, found.test.labels
     if split == "all":

@@ -565,6 +565,9 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
     named = config.run.resume
     if not named:
         return None, None
+    unfinished = report.unfinished_run_folders(config.report.folder, config.run.folder) if named == "auto" else []
+    if config.run.folder and unfinished:    # the run of that folder is meant, and no other can begin in it
+        named = str(config.run.folder)
     if named != "auto":
         path = Path(named)
         if (path / "report.json").exists():
@@ -577,15 +580,12 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
         except BaseException:
             folder.close()
             raise
-    unfinished = report.unfinished_run_folders(config.report.folder, config.run.folder)
     for path in unfinished:
         if not is_of(path, config):
             continue
         try:
             folder = report.open_run_folder(path)
         except runtime.UserError:    # another process is at work there: this is not the run to go on with
-            if config.run.folder:
-                raise
             continue
         try:
             state = None if (path / "report.json").exists() else checkpoint.load(path / "last.pt")    # it may have ended by now
@@ -595,8 +595,6 @@ def open_resumed(config: Config, data: Data) -> tuple[report.RunFolder | None, d
             folder.close()
             raise
         folder.close()
-    if config.run.folder and unfinished:
-        load_state(unfinished[0], config, data)    # says what is not as it was: no other run can begin in this folder
     return None, None
 
 

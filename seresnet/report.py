@@ -491,8 +491,8 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[dict]:
-    """`label`, `records`, `begun` (what its environment.json says) and `outcome` (None where the run has not ended) of each run folder;
-    what is none is passed over.
+    """`label`, `records`, `begun` (what its environment.json says, and `epochs` so far) and `outcome` (None where the run has not ended) of
+    each run folder; what is none is passed over.
 
     Raises UserError where none is one, or a file of one is damaged, or nothing is there.
     """
@@ -513,7 +513,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
                             "out") from error
-        runs.append({"records": records, "begun": read_json(folder / "environment.json"), "outcome": outcome})
+        runs.append({"records": records, "begun": {**read_json(folder / "environment.json"), "epochs": len(records)}, "outcome": outcome})
         paths.append(folder.absolute())
     for run, label in zip(runs, labels(paths)):
         run["label"] = label
@@ -536,8 +536,6 @@ def main() -> None:
     runs = read_runs([name for pattern in options.folders    # which Windows' shell does not resolve
                       for name in ([pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) or [pattern])])
     ended = [(run["label"], *(show(run["outcome"][name]) for name, show in COLUMNS.values())) for run in runs if run["outcome"]]
-    for run in runs:
-        run["begun"]["epochs"] = len(run["records"])
     open_rows = [(run["label"], *(f"{run['begun'].get(name, '')}{' so far' if name == 'epochs' else ''}" for name, _ in COLUMNS.values()))
                  for run in runs if not run["outcome"]]
     header = ("run", *COLUMNS)

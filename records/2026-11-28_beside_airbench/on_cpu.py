@@ -15,12 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
 from seresnet.runtime import import_torchvision, set_threads, tune_allocator
+
+if __name__ == "__main__":
+    tune_allocator()
+
+import torch    # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook    # noqa: E402
+
+from seresnet.sources import find_source    # noqa: E402
 
 
 class Event:
@@ -35,14 +38,12 @@ class Event:
 
 
 def write(source: Path, target: Path, tested: int) -> None:
-    """CIFAR-10's binary files as the tensors on disk that the scripts look for."""
+    """CIFAR-10 as the tensors on disk that the scripts look for."""
     target.mkdir(parents=True, exist_ok=True)
-    folder = source / "cifar-10-batches-bin"
-    for name, files in (("train", [f"data_batch_{n}.bin" for n in range(1, 6)]), ("test", ["test_batch.bin"])):
-        rows = np.concatenate([np.fromfile(folder / file, dtype=np.uint8).reshape(-1, 3073) for file in files])
-        rows = rows[:tested] if name == "test" else rows
-        images = torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy())
-        torch.save({"images": images, "labels": torch.from_numpy(rows[:, 0].astype(np.int64)), "classes": [str(n) for n in range(10)]}, target / f"{name}.pt")
+    found = find_source(source).read()
+    for name, split, images in (("train", found.train, None), ("test", found.test, tested)):
+        torch.save({"images": torch.from_numpy(split.images[:images]), "labels": torch.from_numpy(split.labels[:images]),
+                    "classes": list(found.classes)}, target / f"{name}.pt")
 
 
 def main() -> None:
@@ -53,7 +54,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--test-images", type=int, default=10_000)
     wanted = parser.parse_args()
-    tune_allocator()
     set_threads(0)
     import_torchvision()    # beside a CPU build of torch
 
