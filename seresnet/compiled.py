@@ -165,8 +165,8 @@ def _try(passes: SimpleNamespace, kind: type) -> None:
     if kind is np.int32:    # of float32 alone
         image, places, region = np.zeros((1, 1, 1, 1), np.float32), np.zeros((25, 1, 1), np.float32), (0, 0, 1, 1, 3, 3)
         passes.patches(image, 1, region, places)
-        passes.outputs(places, region, image, 0)
-        passes.outputs_back(image, region, places, 0)
+        passes.outputs(places, region, image)
+        passes.outputs_back(image, region, places)
         passes.patches_back(places, 1, region, image)
 
 

@@ -509,10 +509,9 @@ def patches_back(seen, padding, region, x):
                                 pixels[to + k] += d[at + k]
 
 
-def outputs(made, region, y, channel):
-    """A^T m A of each tile of made (P, B * down * across, C), into a region of y (B, H, W, C or more), from `channel` on; what lies
-    outside of y is dropped."""
-    (count, height, width, of_y), channels = y.shape, made.shape[2]
+def outputs(made, region, y):
+    """A^T m A of each tile of made (P, B * down * across, C), into a region of y (B, H, W, C); what lies outside of y is dropped."""
+    count, height, width, channels = y.shape
     top, left, down, across, high, wide = region
     pixels, places, plane = y.reshape(-1), made.reshape(-1), made.shape[1] * channels
     for row in numba.prange(count * down):
@@ -527,12 +526,12 @@ def outputs(made, region, y, channel):
                 for r in range(min(high, height - top - high * i)):
                     for c in range(min(wide, width - left - wide * j)):
                         pixel = (image * height + top + high * i + r) * width + left + wide * j + c
-                        take(d, uintp((8 * r + c) * LANES), some, pixels, uintp(pixel * of_y + channel + first))
+                        take(d, uintp((8 * r + c) * LANES), some, pixels, uintp(pixel * channels + first))
 
 
-def outputs_back(gradient, region, made, channel):
-    """The adjoint of `outputs`, of gradient (B, H, W, C or more), from `channel` on, into made (P, B * down * across, C)."""
-    (count, height, width, of_gradient), channels = gradient.shape, made.shape[2]
+def outputs_back(gradient, region, made):
+    """The adjoint of `outputs`, of gradient (B, H, W, C), into made (P, B * down * across, C)."""
+    count, height, width, channels = gradient.shape
     top, left, down, across, high, wide = region
     pixels, places, plane = gradient.reshape(-1), made.reshape(-1), made.shape[1] * channels
     for row in numba.prange(count * down):
@@ -546,7 +545,7 @@ def outputs_back(gradient, region, made, channel):
                     for c in range(wide):
                         beside, at = left + wide * j + c, uintp((8 * r + c) * LANES)
                         if y < height and beside < width:
-                            take(pixels, uintp(((image * height + y) * width + beside) * of_gradient + channel + first), some, d, at)
+                            take(pixels, uintp(((image * height + y) * width + beside) * channels + first), some, d, at)
                         else:
                             for k in range(EACH):
                                 d[at + k] = 0

@@ -1,7 +1,7 @@
 """3x3 convolutions in float32 on a CPU with a third to a fifth of the multiplications: Winograd's minimal filtering."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ LEAST_CHANNELS = 24    # in and out, and so many of their product: then the prod
 LEAST_TRAINED, LEAST_FORWARDS = 32 * 64, 64 * 64
 MANY_PIXELS, LEAST_WITH_MANY = 16 * 16, 24 * 64    # in training fewer pay where images are large, most of each in tiles of six pixels
 TOGETHER, MOST_TOGETHER = 128, 512    # tiles at once; with more than 85 channels in and out more, since each time all filters are read
-AT_ONCE = 64    # channels of the output, where so many or fewer go in and more than twice as many come out: products stay in the cache
 COST_OF_A_MATRIX = 48    # multiplications that preparing one of a filter's places costs, and its gradient
 
 # By the tile, pixels of the output a side that are computed together, from two more of the input: the points at which polynomials are
@@ -68,18 +67,15 @@ class Winograd(torch.autograd.Function):
     @custom_fwd(device_type="cpu")
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, padding: int, height: int, width: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.padding, run, images, (c_out, c_in) = padding, passes(), _rows(x), weight.shape[:2]
-        y, tiled, slices = x.new_empty(len(x), height, width, c_out), regions(height, width, len(x)), _slices(c_out, c_in)
-        seen, made = _memory(tiled, len(x), c_out, c_in)
+        ctx.padding, run, images = padding, passes(), _rows(x)
+        y, tiled = x.new_empty(len(x), height, width, len(weight)), regions(height, width, len(x))
+        memory = _memory(tiled, len(x), *weight.shape[:2])
         for region in tiled:
-            filters = [_transformed(weight[some], region) for some in slices]
-            for part, tiles in _parts(len(x), region, c_out, c_in):
-                patches = _shaped(seen, region, tiles, c_in)
-                run.patches(images[part], padding, region, patches.numpy())
-                for some, of_some in zip(slices, filters):
-                    outputs = _shaped(made, region, tiles, of_some.shape[2])
-                    torch.bmm(patches, of_some, out=outputs)
-                    run.outputs(outputs.numpy(), region, y[part].numpy(), some.start)
+            filters = _transformed(weight, region)
+            for part, seen, made in _parts(len(x), region, memory, *weight.shape[:2]):
+                run.patches(images[part], padding, region, seen.numpy())
+                torch.bmm(seen, filters, out=made)
+                run.outputs(made.numpy(), region, y[part].numpy())
             del filters    # before the next are made: with many channels they are large
         return y.permute(0, 3, 1, 2)
 
@@ -91,28 +87,21 @@ class Winograd(torch.autograd.Function):
         of_x, of_weight = ctx.needs_input_grad[:2]
         back, images, tiled = _rows(gradient), _rows(x) if of_weight else None, regions(*gradient.shape[2:], len(x))
         spread = x.new_zeros(len(x), *x.shape[2:], x.shape[1]) if of_x else None
-        summed, (c_out, c_in) = torch.zeros_like(weight) if of_weight else None, weight.shape[:2]
-        slices, (seen, made) = _slices(c_out, c_in), _memory(tiled, len(x), c_out, c_in)
-        seen_back = torch.empty_like(seen) if len(slices) > 1 else seen    # with one slice the patches have been used before
+        summed = torch.zeros_like(weight) if of_weight else None
+        memory = _memory(tiled, len(x), *weight.shape[:2])
         for region in tiled:
-            filters = [_transformed(weight[some].transpose(0, 1), region) if of_x else None for some in slices]
-            of_filters = [x.new_zeros(region.places, c_in, len(weight[some])) if of_weight else None for some in slices]
-            for part, tiles in _parts(len(x), region, c_out, c_in):
-                patches, patches_back = (_shaped(memory, region, tiles, c_in) for memory in (seen, seen_back))
+            filters = _transformed(weight.transpose(0, 1), region) if of_x else None
+            of_filters = x.new_zeros(region.places, x.shape[1], len(weight)) if of_weight else None
+            for part, seen, made in _parts(len(x), region, memory, *weight.shape[:2]):
+                run.outputs_back(back[part], region, made.numpy())
                 if of_weight:
-                    run.patches(images[part], ctx.padding, region, patches.numpy())
-                for some, of_some, gradient_of_some in zip(slices, filters, of_filters):
-                    outputs = _shaped(made, region, tiles, len(weight[some]))
-                    run.outputs_back(back[part], region, outputs.numpy(), some.start)
-                    if of_weight:
-                        gradient_of_some.baddbmm_(patches.transpose(1, 2), outputs)
-                    if of_x:    # the first product takes the place of what was there
-                        torch.baddbmm(patches_back, outputs, of_some, beta=min(1, some.start), out=patches_back)
+                    run.patches(images[part], ctx.padding, region, seen.numpy())
+                    of_filters.baddbmm_(seen.transpose(1, 2), made)
                 if of_x:
-                    run.patches_back(patches_back.numpy(), ctx.padding, region, spread[part].numpy())
+                    torch.bmm(made, filters, out=seen)
+                    run.patches_back(seen.numpy(), ctx.padding, region, spread[part].numpy())
             if of_weight:
-                for some, gradient_of_some in zip(slices, of_filters):
-                    summed[some] += _transformed_back(gradient_of_some, weight[some], region)
+                summed += _transformed_back(of_filters, weight, region)
             del filters, of_filters
         return spread.permute(0, 3, 1, 2) if of_x else None, summed, None, None, None
 
@@ -149,29 +138,20 @@ def _together(images: int, region: Region, c_out: int, c_in: int) -> int:
     return -(-images // -(-images // most)) if images else 1    # parts of nearly one size
 
 
-def _slices(c_out: int, c_in: int) -> list[slice]:
-    """The output's channels that are computed at once."""
-    most = AT_ONCE if c_in <= AT_ONCE and c_out > 2 * c_in else c_out
-    return [slice(first, min(first + most, c_out)) for first in range(0, c_out, most)]
-
-
 def _memory(tiled: Sequence[Region], images: int, c_out: int, c_in: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the largest part of any region needs: for patches and for outputs, transformed."""
     places = max(region.places * region.tiles * _together(images, region, c_out, c_in) for region in tiled)
-    return tuple(torch.empty(places * channels, dtype=torch.float32, device="cpu") for channels in (c_in, _slices(c_out, c_in)[0].stop))
+    return tuple(torch.empty(places * channels, dtype=torch.float32, device="cpu") for channels in (c_in, c_out))
 
 
-def _parts(images: int, region: Region, c_out: int, c_in: int) -> Iterator[tuple[slice, int]]:
-    """Which images are transformed at once, and their tiles."""
+def _parts(images: int, region: Region, memory: tuple[torch.Tensor, torch.Tensor], c_out: int, c_in: int):
+    """For some images at once: which, and memory for their patches (P, tiles, c_in) and outputs (P, tiles, c_out), transformed."""
     most = _together(images, region, c_out, c_in)
     for first in range(0, images, most):
         count = min(most, images - first)
-        yield slice(first, first + count), count * region.tiles
-
-
-def _shaped(memory: torch.Tensor, region: Region, tiles: int, channels: int) -> torch.Tensor:
-    """Of `memory` what so many tiles take, transformed: (P, tiles, channels)."""
-    return memory[:region.places * tiles * channels].view(region.places, tiles, channels)
+        yield slice(first, first + count), *(
+            m[:region.places * count * region.tiles * channels].view(region.places, count * region.tiles, channels)
+            for m, channels in zip(memory, (c_in, c_out)))
 
 
 def _rows(images: torch.Tensor):
