@@ -2,7 +2,8 @@
 # scripts/train.sh CONFIG [--section.key value ...]: convert, then train. CIFAR10_DIR names the data; without it they are
 # looked for where the recipe says (data/); where they are not, what was converted before is trained on, or they are
 # downloaded. Only here, and only where all that fails (status 4), the same job runs on scikit-learn's digits. All this is for
-# recipes of CIFAR-10: who names a place, or trains on images of their own, gets those or an error.
+# recipes of CIFAR-10: who names a place, or trains on images of their own, gets those or an error, whatever CIFAR10_DIR says,
+# and where no place is named, betons of their own are trained on as they are.
 set -u
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -11,17 +12,39 @@ shift
 
 convert() { "$python" write_datasets.py --config-file "$config" "$@"; }
 
-own_data() {
+names_a_source() {    # in the arguments, or in the recipe
     case " $* " in *" --sources.path"* | *" --sources.kind"*) return 0 ;; esac
-    grep -q '^ *train: .*\.beton' "$config" && ! grep -q cifar10_train.beton "$config"    # without: the default, CIFAR-10
+    grep -q '^ *\(path\|kind\): *[^ ]' "$config"
 }
 
-if [ -n "${CIFAR10_DIR:-}" ]; then
+beton() {    # beton SPLIT [arguments]: the file that these or the recipe name
+    split=$1
+    shift
+    found=$(sed -n "s/^ *$split: *\([^ #]*\.beton\).*/\1/p" "$config")
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --beton.$split=*) found=${1#*=} ;;
+            --beton.$split) found=${2:-} ;;
+        esac
+        shift
+    done
+    echo "${found:-data/cifar10_$split.beton}"
+}
+
+own_recipe() { [ "$(beton train)" != data/cifar10_train.beton ]; }
+
+train=$(beton train "$@") test=$(beton test "$@")
+if names_a_source "$@"; then
+    convert "$@" || exit
+elif [ "$train" != data/cifar10_train.beton ] && [ -f "$train" ] && [ -f "$test" ]; then
+    echo "What was converted before is there: $train and $test. --sources.path FOLDER converts anew."
+elif own_recipe; then
+    convert "$@" || exit
+elif [ -n "${CIFAR10_DIR:-}" ]; then
     convert "$@" --sources.path "$CIFAR10_DIR" || exit
 else
     status=0
     convert "$@" || status=$?
-    if [ $status = 4 ] && own_data "$@"; then exit 4; fi
     if [ $status = 4 ] && [ -f data/cifar10_train.beton ] && [ -f data/cifar10_test.beton ]; then
         echo "What was converted before is there: data/cifar10_train.beton and data/cifar10_test.beton."
         status=0
