@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,11 @@ from torch import nn    # noqa: E402
 
 from seresnet import beton, pictures, report, shift, sources, trained    # noqa: E402
 from seresnet.augment import normalise    # noqa: E402
+from seresnet.files import FITS    # noqa: E402
 from seresnet.loss import Tally, Totals    # noqa: E402
 from seresnet.tta import VIEWS, log_probabilities    # noqa: E402
+
+RESIZED_BY = "--fit resize or --fit crop"
 
 
 class Evaluation(NamedTuple):
@@ -89,9 +93,10 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> di
             "confusion": confusion, "recall": recall, "precision": precision}
 
 
-def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test") -> tuple[np.ndarray, np.ndarray, str]:
+def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test", fit: str = "auto") -> tuple[np.ndarray, np.ndarray, str]:
     """Images uint8 (N, H, W, 3), labels int64 (N,), numbers into `net.classes`, and a description: a beton's, or a data set's test
-    split; with the split `all` the whole set, training images and test images. The set may lack classes of the net.
+    split; with the split `all` the whole set, training images and test images. The set may lack classes of the net. fit: of a set, as of
+    inputs.read_unlabelled, or `auto`, as the net's own images were.
 
     Raises UserError where they do not fit the net's classes and image size.
     """
@@ -104,7 +109,7 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         if _trained_on(net).get("train_sha256") == opened.sha256:
             text += " (which the net was trained on: this tells nothing of other images)"
     else:
-        images, labels, classes, text = _read_set(path, net, split)
+        images, labels, classes, text = _read_set(path, net, split, fit)
     problems = []
     if strangers := sorted(set(classes) - set(net.classes)):
         problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: give "
@@ -112,29 +117,33 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     else:
         labels = np.array([net.classes.index(name) for name in classes], np.int64)[labels]
     if images.shape[1:3] != (net.image_size, net.image_size):
+        way_out = f"write them with --sources.image_size {net.image_size}" if path.suffix.lower() == ".beton" else f"give {RESIZED_BY}"
         problems.append(f"--data {path}: has images of {images.shape[2]} x {images.shape[1]} pixels, the net takes {net.image_size} x "
-                        f"{net.image_size}: write them with --sources.image_size {net.image_size}")
+                        f"{net.image_size}: {way_out}")
     if problems:
         raise runtime.UserError(*problems)
     return images, labels, text
 
 
-def _read_set(path: Path, net: trained.TrainedNet, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
+def _read_set(path: Path, net: trained.TrainedNet, split: str, fit: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
     """Images, labels, numbers into the classes that follow, and a description, of a data set read as `net`'s own was."""
     how = {name: net.config["sources"][name] for name in beton.HOW}
+    fitted = {} if fit == "auto" else {"image_size": 0} if fit == "none" else {"image_size": net.image_size, "fit": fit}
     try:
-        source = sources.find_source(path, **how, watch=report.watched("reading", " images"))
+        source = sources.find_source(path, **how | fitted, watch=report.watched("reading", " images"), for_training=False, resized_by=RESIZED_BY)
     except sources.MissingError as error:
         betons = sorted(file.name for file in path.glob("*.beton"))
         raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
             f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
         ) from error
-    known = split == "all" and _holds_what_was_trained_on(source, net)    # before its images are in memory: it may read files whole
+    known = split == "all" and _holds_what_was_trained_on(replace(source, **how), net)    # before its images are in memory: it may read files whole
     found = source.read()
     images, labels = found.test.images, found.test.labels
     if split == "all":
         images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
-    classes, text = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}"
+    classes, text, passed_over = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}", source.left_out()
+    if passed_over:
+        text += f" ({passed_over})"
     if known:
         text += " (with the images that the net was trained on: this tells little of others)"
     return images, labels, classes, text
@@ -178,6 +187,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or its weights.pt or best.pt")
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
     parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
+    parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
+                        help="bring a data set's images of another size to the net's; auto: as its training images were [auto]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
@@ -188,61 +199,75 @@ def main() -> None:
     if options.batch_size < 0:
         parser.error(f"--batch-size: got {options.batch_size}, expected 1 and more, or 0 for the recipe's")
     net = trained.load(options.checkpoint, options.device)
-    images, labels, text = read_labelled(options.data, net, options.split)
+    images, labels, text = read_labelled(options.data, net, options.split, options.fit)
     place = Path(options.data).resolve()
     what = [place.stem if place.suffix.lower() == ".beton" else place.name, *(["all"] if options.split == "all" else []),
             *([net.path.stem] if net.path.name != "weights.pt" else [])]
     folder = Path(options.out) if options.out else _own_folder(net.path.parent / "evaluation" / "-".join(what), place)
     report.create_folder(folder)
     earlier = report.read_json(folder / "evaluation.json")
-    name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}") + net.progress
     started = time.perf_counter()
     probabilities = net.probabilities(images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started
     found = measure(probabilities, labels)
     report.say(f"{text}: {len(labels):,} images in {seconds:.1f} s, {net.path}{net.progress}, TTA {options.tta or net.tta}\n"
-               f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, calibration error {found['calibration_error']:.2%}\n")
-    counts, shares = found["confusion"], {name: [f"{v:.1%}" if v == v else "-" for v in found[name]] for name in ("recall", "precision")}
-    rows = list(zip(net.classes, map(str, counts.sum(1)), shares["recall"], shares["precision"]))
-    report.say(report.table(("class", "images", "recall", "precision"), rows))
-    if len(net.classes) <= 25:
-        short = [name[:6] for name in net.classes]
-        report.say("\n" + report.table(("true \\ predicted", *(short if len(set(short)) == len(short) else net.classes)),
-                                       [(name, *map(str, row)) for name, row in zip(net.classes, counts)]))
+               f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, calibration error {found['calibration_error']:.2%}")
     outcome = {"data": text, "place": str(place), "images": len(labels), "checkpoint": str(net.path), "epochs_done": net.epochs_done,
                "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
     if options.shift:
         outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)
-        means = [float(np.mean(values)) for values in outcome["shift"].values()]
-        outcome["shift_accuracy"] = float(np.mean(means))
-        report.say("\n" + report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
-            *((name, *(f"{v:.2%}" for v in values), f"{mean:.2%}") for (name, values), mean in zip(outcome["shift"].items(), means)),
-            ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")]))
+        outcome["shift_accuracy"] = float(np.mean([np.mean(values) for values in outcome["shift"].values()]))
     elif "shift" in earlier and earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]:
         outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # of the same net, images and views, to the bit
+    # the files first: whoever reads the tables may stop reading
     report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
-    if not runtime.is_installed("matplotlib"):
-        report.say(f"\n{folder}: evaluation.json; pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
-        return
-    if "shift" in outcome:
-        pictures.draw_shift(outcome["shift"], found["accuracy"], f"{name}: accuracy under corruption",
-                            folder / "shift.png")
-    pictures.draw_confusion(counts, net.classes, f"{name}: {found['accuracy']:.2%} of {len(labels):,} images",
+    written = ["evaluation.json"]
+    if draws := runtime.is_installed("matplotlib"):
+        written += _draw(folder, net, outcome, images, labels, probabilities)
+        for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
+            if earlier and was_made and file not in written:    # what an earlier evaluation left; what is a user's own stays
+                (folder / file).unlink(missing_ok=True)
+    for table in _tables(outcome, with_shift=options.shift):
+        report.say("\n" + table)
+    report.say(f"\n{folder}: {', '.join(written)}" + (
+        "" if draws else "; pictures are drawn with matplotlib, which is not installed: pip install matplotlib"))
+
+
+def _draw(folder: Path, net: trained.TrainedNet, outcome: dict, images: np.ndarray, labels: np.ndarray,
+          probabilities: np.ndarray) -> list[str]:
+    """The pictures of an evaluation, into `folder`, by the names of their files."""
+    name = net.path.parent.name + ("" if net.path.name == "weights.pt" else f"/{net.path.name}") + net.progress
+    pictures.draw_confusion(np.array(outcome["confusion"]), net.classes, f"{name}: {outcome['accuracy']:.2%} of {len(labels):,} images",
                             folder / "confusion.png")
-    wrong = np.flatnonzero(probabilities.argmax(1) != labels)
+    written, wrong = ["confusion.png"], np.flatnonzero(probabilities.argmax(1) != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:40]
     if len(wrong):
         captions = [f"{net.classes[labels[i]][:14]}\n\u2192 {net.classes[probabilities[i].argmax()][:14]} {probabilities[i].max():.0%}"
                     for i in wrong]
         pictures.draw_sheet(images[wrong], captions, "the most confident mistakes: true class \u2192 prediction", folder / "mistakes.png",
                             columns=8)
-    written = {"evaluation.json": True, "confusion.png": True, "mistakes.png": len(wrong) > 0, "shift.png": "shift" in outcome}
-    for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
-        if earlier and was_made and not written[file]:    # what an earlier evaluation left; what is a user's own stays
-            (folder / file).unlink(missing_ok=True)
-    report.say(f"\n{folder}: {', '.join(file for file, made in written.items() if made)}")
+        written.append("mistakes.png")
+    if "shift" in outcome:
+        pictures.draw_shift(outcome["shift"], outcome["accuracy"], f"{name}: accuracy under corruption", folder / "shift.png")
+        written.append("shift.png")
+    return written
+
+
+def _tables(outcome: dict, with_shift: bool) -> Iterable[str]:
+    """What the files hold, for people: the classes, what they are taken for where that is not too wide, and the corruptions."""
+    classes, counts = outcome["classes"], outcome["confusion"]
+    shares = [[f"{v:.1%}" if v == v else "-" for v in outcome[name]] for name in ("recall", "precision")]
+    yield report.table(("class", "images", "recall", "precision"), zip(classes, (str(sum(row)) for row in counts), *shares))
+    if len(classes) <= 25:
+        short = [name[:6] for name in classes]
+        yield report.table(("true \\ predicted", *(short if len(set(short)) == len(short) else classes)),
+                           [(name, *map(str, row)) for name, row in zip(classes, counts)])
+    if with_shift:
+        rows = [(name, *(f"{v:.2%}" for v in (*values, np.mean(values)))) for name, values in outcome["shift"].items()]
+        yield report.table(("corruption", *map(str, shift.SEVERITIES), "mean"), [
+            *rows, ("all", *[""] * len(shift.SEVERITIES), f"{outcome['shift_accuracy']:.2%}")])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ PHOTOGRAPH = 16 << 10    # bytes of a file from which on its decoding is worth a
 OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
 TOLD = 20    # problems of image files
+ORIENTATION = 0x0112    # in EXIF, how the camera was held
 SMALLER = "make them smaller with --sources.image_size"
 
 
@@ -157,11 +158,14 @@ def _bytes_of(file: Path) -> int:
 
 def _turned(image: Image.Image) -> Image.Image:
     """Turned as EXIF says that the camera was held; as it is where that cannot be read, which viewers do as well."""
-    from PIL import ImageOps
+    from PIL.Image import Transpose
     try:
-        return ImageOps.exif_transpose(image)
+        held = image.getexif().get(ORIENTATION)
     except Exception:    # Pillow raises a dozen kinds for damaged EXIF data
         return image
+    how = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+           6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}.get(held)
+    return image if how is None else image.transpose(how)    # not ImageOps.exif_transpose, which writes all EXIF data anew, and fails at some
 
 
 def fit_images(images: np.ndarray, size: int, fit: str) -> np.ndarray:

@@ -36,9 +36,10 @@ def problems_of_names(classes: Sequence[str]) -> Iterable[str]:
         yield f"class {next(name for name in classes if classes.count(name) > 1)!r} is there twice"
 
 
-def problems_of(images: ImageSet) -> Iterable[str]:
-    """What is wrong with `images`, a line each: dtype, shape, label range, classes without images."""
-    if len(images.classes) < 2:
+def problems_of(images: ImageSet, for_training: bool = True) -> Iterable[str]:
+    """What is wrong with `images`, a line each: dtype, shape, label range and, for a set to train on, classes without images. Another
+    may have test images alone, of some of the classes."""
+    if for_training and len(images.classes) < 2:
         yield f"has {len(images.classes)} class, expected at least 2"
     yield from problems_of_names(images.classes)
     for name, split in (("train", images.train), ("test", images.test)):
@@ -48,11 +49,12 @@ def problems_of(images: ImageSet) -> Iterable[str]:
             yield (f"{name} labels are {split.labels.dtype} {split.labels.shape}, expected int64 "
                    f"({len(split.images)},), one an image")
         elif not len(split.labels):
-            yield f"{name} has no images"
+            if for_training or name == "test":
+                yield f"{name} has no images"
         elif split.labels.min() < 0 or split.labels.max() >= len(images.classes):
             yield (f"{name} labels lie in [{split.labels.min()}, {split.labels.max()}], expected "
                    f"[0, {len(images.classes) - 1}]")
-        elif name == "train":
+        elif for_training and name == "train":
             missing = np.flatnonzero(np.bincount(split.labels, minlength=len(images.classes)) == 0)
             if len(missing):
                 yield f"train has no image of class {images.classes[missing[0]]}" + (

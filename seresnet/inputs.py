@@ -30,10 +30,10 @@ class Unlabelled:
 
 
 def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
-                    watch: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> Unlabelled:
+                    watch: Callable[[Iterable, int], Iterable] = lambda items, total: items, suffix: bool = False) -> Unlabelled:
     """The images at `path`, for a net that takes `image_size` pixels a side.
 
-    Read are an image folder (ids: names without suffix, below subfolders with them; 2 before 10) or a single image, a
+    Read are an image folder (ids: names, below subfolders with them, and with their `suffix` if wanted; 2 before 10) or a single image, a
     .beton, .npy, .npz (`images` and perhaps `ids`) and .bin (CIFAR's rows, labels passed over), and any other file as a
     pickle of Python 2 or 3 (a dict with `data` and perhaps `ids`, or an array), which is never executed. Where a file has
     no ids, they count from 0. fit: how images of another size are brought to it, `resize` or `crop` (files.read_image);
@@ -46,9 +46,9 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
         raise SourceError(f"--images {path}: does not exist (looked in {Path.cwd()})")
     size = 0 if fit == "none" else image_size
     if path.is_dir():
-        found = _folder(path, image_size, size, fit, watch)
+        found = _folder(path, image_size, size, fit, watch, suffix)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
-        found = Unlabelled([path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
+        found = Unlabelled([path.name if suffix else path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
     elif path.suffix.lower() in OTHER_PICTURES:
         raise SourceError(f"{path}: is a picture in a format that we do not read: convert it to PNG or JPEG")
     elif path.suffix.lower() == ".beton":
@@ -72,7 +72,7 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
     return images
 
 
-def _folder(path: Path, side: int, size: int, fit: str, watch: Callable) -> Unlabelled:
+def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix: bool) -> Unlabelled:
     names = [name for name in (file.relative_to(path) for file in files_below(path)) if is_image(name)]
     if not names:
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
@@ -81,7 +81,8 @@ def _folder(path: Path, side: int, size: int, fit: str, watch: Callable) -> Unla
     images = np.empty((len(names), side, side, 3), np.uint8)
     for i, image in enumerate(watch(read_image_files([path / name for name in names], size, fit), len(names))):
         images[i] = _expected(image[None], side, str(path / names[i]))[0]
-    return Unlabelled([name.with_suffix("").as_posix() for name in names], images, left_out(path, (path / name for name in names)))
+    ids = [(name if suffix else name.with_suffix("")).as_posix() for name in names]
+    return Unlabelled(ids, images, left_out(path, (path / name for name in names)))
 
 
 def _table(path: Path) -> Unlabelled:

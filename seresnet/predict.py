@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("kaggle", "proba"), default="kaggle",
                         help="ID,Labels alone, or with every class's probability [kaggle]")
     parser.add_argument("--names", action="store_true", help="write class names instead of their numbers")
+    parser.add_argument("--suffix", action="store_true", help="pictures' ids as their files are called, with .png or .jpg")
     parser.add_argument("--header", default="ID,Labels", help="what the two columns are called, such as id,label [ID,Labels]")
     parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
                         help="bring images of another size to the net's; auto: as its training images were [auto]")
@@ -66,7 +67,7 @@ def main() -> None:
     sources = net.config["sources"]
     fit = (sources["fit"] if sources["image_size"] else "none") if options.fit == "auto" else options.fit
     started = time.perf_counter()
-    found = read_unlabelled(options.images, net.image_size, fit, report.watched("reading", " images"))
+    found = read_unlabelled(options.images, net.image_size, fit, report.watched("reading", " images"), options.suffix)
     read_seconds = time.perf_counter() - started
     probabilities = net.probabilities(found.images, options.tta, options.batch_size, watch=report.watched("images"))
     seconds = time.perf_counter() - started

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import (IMAGE_SUFFIXES, SMALLER, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
+from seresnet.files import (IMAGE_SUFFIXES, SMALLER, TOLD, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
                             left_out, read_arrays, read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
@@ -45,7 +45,8 @@ class Source:
 
     kind: one of KINDS, or download or digits. image_size: side to bring images to, 0 to leave them; fit: how (files.FITS).
     test_share: of each class, where the set has no test split. labels: `fine` or `coarse`, where it has both. watch(items, total) ->
-    the same items: is shown the pictures that are read one by one.
+    the same items: is shown the pictures that are read one by one. for_training: each class has to have images in both splits; else
+    test images will do, of some of the classes. resized_by: the option that brings images to one size, for messages.
     """
 
     kind: str
@@ -55,6 +56,8 @@ class Source:
     test_share: float = 0.2
     labels: str = "fine"
     watch: Callable[[Iterable, int], Iterable] = field(default=lambda items, total: items, repr=False, compare=False)
+    for_training: bool = True
+    resized_by: str = "--sources.image_size"
 
     def describe(self) -> str:
         """What and where, in one line for people."""
@@ -91,11 +94,17 @@ class Source:
             digest.update(sklearn.__version__.encode())
         elif self.kind == "download":
             digest.update(torchvision_cifar10().tgz_md5.encode())
+        problems = []
         for file in self._files():
             digest.update(f"\n{file.relative_to(self.path.parent).as_posix()}\n".encode("utf-8", "surrogateescape"))
-            digest.update(_read_bytes(file))
+            try:
+                digest.update(_read_bytes(file, f"the data set is not whole. {SUPPLY}" if self.official_name() else "replace or remove it"))
+            except SourceError as error:
+                problems += error.problems
+        if problems:
+            raise SourceError(*problems[:TOLD], *([f"and {len(problems) - TOLD:,} more like these"] if len(problems) > TOLD else []))
         # The last number counts versions of the reading below: raise it where the same bytes give other images.
-        return f"{self.kind}-3-{digest.hexdigest()}"
+        return f"{self.kind}-4-{digest.hexdigest()}"
 
     def read(self) -> ImageSet:
         """The images, validated: dtype, shape, label range, count a class and in all; for CIFAR also the published channel
@@ -103,7 +112,7 @@ class Source:
         readers = {"folder": _read_folder, "kaggle": _read_kaggle, "parquet": _read_parquet, "arrays": _read_arrays,
                    "digits": _read_digits}
         images = (readers.get(self.kind) or _read_official)(self)
-        problems = list(problems_of(images))
+        problems = list(problems_of(images, self.for_training))
         if self.kind not in readers and not problems:
             problems = problems_of_published(images)
         if problems:
@@ -218,18 +227,19 @@ def _set_at(layout: str, folder: Path) -> str:
     return ""
 
 
-def _read_bytes(file: Path) -> bytes:
+def _read_bytes(file: Path, way_out: str) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise SourceError(f"{file}: {error.strerror}: the data set is not whole. {SUPPLY}") from error
+        raise SourceError(f"{file}: {error.strerror}: {way_out}") from error
 
 
 def _read_official(source: Source) -> ImageSet:
     """CIFAR in one of its official layouts, on disk, in an archive, or downloaded."""
     if source.kind in ("binary", "pickle"):
         name, layout = _set_at(source.kind, source.path), source.kind
-        return read_set(name, layout, source.describe(), source.labels, lambda file: _read_bytes(source.path / file))
+        return read_set(name, layout, source.describe(), source.labels,
+                        lambda file: _read_bytes(source.path / file, f"the data set is not whole. {SUPPLY}"))
     archive = source.path if source.kind == "archive" else download_cifar10(source.path, SUPPLY)
     name, layout, contents = read_archive(archive)
     return read_set(name, layout, source.describe(), source.labels, contents.__getitem__)
@@ -237,27 +247,28 @@ def _read_official(source: Source) -> ImageSet:
 
 # -- sets without a test split ------------------------------------------------------------------------------------------
 
-def choose_test(labels: np.ndarray, names: Sequence[str], share: float) -> np.ndarray:
+def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_training: bool = True) -> np.ndarray:
     """Which samples become the test split of a set that has none: bool (N,), `share` of each class, at least one and not all.
 
     Chosen by the hash of their names, so that it is the same choice on every machine, for any order of the files, and
-    nearly the same when images are added. labels: int64 (N,). Raises SourceError where a class has one image.
+    nearly the same when images are added. labels: int64 (N,). Raises SourceError where a class has one image; of a set that is not
+    to be trained on that one is chosen.
     """
     keys = np.array([int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
                      for name in names], np.uint64)
     chosen = np.zeros(len(labels), bool)
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
-        if len(members) < 2:
+        if len(members) < 2 and for_training:
             raise SourceError(f"{names[members[0]]}: is the only image of its class: a set without a test split needs two and "
                               "more, for training and for testing")
-        count = min(max(1, round(share * len(members))), len(members) - 1)
+        count = min(max(1, round(share * len(members))), max(1, len(members) - 1))
         chosen[members[np.argsort(keys[members], kind="stable")[:count]]] = True
     return chosen
 
 
-def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], share: float) -> tuple[Split, Split]:
-    test = choose_test(labels, names, share)
+def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], source: Source) -> tuple[Split, Split]:
+    test = choose_test(labels, names, source.test_share, source.for_training)
     check_room(images.nbytes, SMALLER)    # what follows copies them
     return Split(images[~test], labels[~test]), Split(images[test], labels[test])
 
@@ -272,14 +283,22 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
-    """(class name, its image files) in alphabetical order; nothing where `folder` is none."""
+    """(class name, its image files) in their order; nothing where `folder` is none."""
     try:
-        classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX")))
+        classes = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}: expected folders named after the classes in it") from error
-    return [(c.name, _image_files(c)) for c in classes]
+    return [(name, _image_files(folder / name)) for name in _in_order(entry.name for entry in classes)]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Class names by the alphabet, or by size where all are numbers, so that class 10 has the number 10 where there are 0 to 10."""
+    names = sorted(names)
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return names
+    return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))    # not by int, which takes 4,300 digits at most
 
 
 def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
@@ -296,19 +315,19 @@ def _trees(path: Path) -> dict[str, list[tuple[str, list[Path]]]]:
 
 def _child(path: Path, name: str) -> Path:
     """The folder `name` in `path`, however it is capitalised there: Train, TEST."""
-    if (path / name).is_dir():
-        return path / name
-    try:
-        return next((entry for entry in sorted(path.iterdir()) if entry.name.lower() == name and entry.is_dir()), path / name)
+    try:    # not by asking for it: systems that know no capitals would find it by another name than they list it under
+        found = sorted(entry for entry in path.iterdir() if entry.name.lower() == name and entry.is_dir())
     except OSError:    # not there, or not to be read: whoever reads its classes says so
-        return path / name
+        found = []
+    return path / name if path / name in found or not found else found[0]
 
 
 def _read_files(files: Sequence[Path], source: Source) -> np.ndarray:
-    return _stack(len(files), zip(map(str, files), source.watch(read_image_files(files, source.image_size, source.fit), len(files))))
+    images = source.watch(read_image_files(files, source.image_size, source.fit), len(files))
+    return _stack(len(files), zip(map(str, files), images), source)
 
 
-def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+def _stack(count: int, images: Iterable[tuple[str, np.ndarray]], source: Source) -> np.ndarray:
     """uint8 (count, H, W, 3) from `count` named images. Raises SourceError, naming the image, where one has another size."""
     stacked = np.empty((0, 0, 0, 3), np.uint8)
     for i, (name, image) in enumerate(images):
@@ -317,7 +336,7 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
             raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
-                              f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with --sources.image_size")
+                              f"{stacked.shape[2]} x {stacked.shape[1]}: bring all to one size with {source.resized_by}")
         stacked[i] = image
     return stacked
 
@@ -331,7 +350,7 @@ def _read_folder(source: Source) -> ImageSet:
         raise SourceError(f"{source.path}: train/ has {len(names['train'])} class folders, test/ {len(names['test'])}; "
                           f"only in one of them: {', '.join(alone[:5])}. Both need the same ones")
     empty = [name if split == "all" else f"{split}/{name}" for split, tree in trees.items() for name, files in tree if not files]
-    if empty or not names[first]:
+    if empty and source.for_training or not names[first]:
         raise SourceError(f"{source.path}: no {', '.join(IMAGE_SUFFIXES)} files in {', '.join(empty[:5]) or 'train/'}: "
                           "every class needs images in both splits")
     read = {}
@@ -340,12 +359,12 @@ def _read_folder(source: Source) -> ImageSet:
         read[split] = _read_files([file for file, _ in files], source), np.array([label for _, label in files], np.int64)
     if "all" in read:
         members = [f"{name}/{file.name}" for name, files in trees["all"] for file in files]
-        splits = _split_off_test(*read["all"], members, source.test_share)
+        splits = _split_off_test(*read["all"], members, source)
     else:
         if read["train"][0].shape[1:] != read["test"][0].shape[1:]:
             raise SourceError(f"{source.path}: train images are {read['train'][0].shape[2]} x {read['train'][0].shape[1]} pixels, "
                               f"test images {read['test'][0].shape[2]} x {read['test'][0].shape[1]}: bring all to one size "
-                              "with --sources.image_size")
+                              f"with {source.resized_by}")
         splits = Split(*read["train"]), Split(*read["test"])
     return ImageSet(source.path.resolve().name, source.describe(), names[first], *splits)
 
@@ -372,13 +391,13 @@ def _read_kaggle(source: Source) -> ImageSet:
         if ids:
             raise SourceError(f"{source.path}: has {what} {len(ids)} ids, such as {min(ids)}: train/ and {LABEL_FILE} have to "
                               "name the same")
-    classes = tuple(sorted(set(labels.values())))
+    classes = tuple(_in_order(set(labels.values())))
     numbers = {name: number for number, name in enumerate(classes)}
     ids = sorted(labels, key=lambda key: (len(key), key))    # 2 before 10
     images = _read_files([files[key] for key in ids], source)
     targets = np.array([numbers[labels[key]] for key in ids], np.int64)
     return ImageSet(source.path.resolve().name, source.describe(), classes,
-                    *_split_off_test(images, targets, ids, source.test_share))
+                    *_split_off_test(images, targets, ids, source))
 
 
 def _without_suffix(name: str) -> str:
@@ -429,10 +448,10 @@ def _read_parquet(source: Source) -> ImageSet:
         if not all(label if type(label) is str else type(label) is int and label >= 0 for label in labels):
             raise SourceError(f"{source.path}: {split} has samples without a label: a set to train on needs one each")
         images = _stack(len(contents), (_cell(content, f"{source.path}: {split} image {i}", source)
-                                        for i, content in enumerate(source.watch(contents, len(contents)))))
+                                        for i, content in enumerate(source.watch(contents, len(contents)))), source)
         read[split] = images, labels
     if any(type(label) is str for _, labels in read.values() for label in labels):    # words, not numbers of classes
-        classes = tuple(sorted({str(label) for _, labels in read.values() for label in labels}))
+        classes = tuple(_in_order({str(label) for _, labels in read.values() for label in labels}))
         numbers = {name: number for number, name in enumerate(classes)}
         read = {split: (images, [numbers[str(label)] for label in labels]) for split, (images, labels) in read.items()}
     return _image_set(source, source.path.resolve().name, {
@@ -527,11 +546,14 @@ def _image_set(source: Source, name: str, read: dict, classes: tuple[str, ...]) 
         classes = tuple(map(str, range(int(labels.max()) + 1)))
     if "train" in read and "test" in read:
         splits = Split(*read["train"]), Split(*read["test"])
+    elif "test" in read and len(read) == 1 and not source.for_training:
+        (images, labels), = read.values()
+        splits = Split(images[:0], labels[:0]), Split(images, labels)
     elif len(read) == 1 and "test" not in read:
         (images, labels), = read.values()
         if len(images) != len(labels):
             raise SourceError(f"{source.path}: has {len(images)} images and {len(labels)} labels")
-        splits = _split_off_test(images, labels, [str(i) for i in range(len(labels))], source.test_share)
+        splits = _split_off_test(images, labels, [str(i) for i in range(len(labels))], source)
     else:
         raise SourceError(f"{source.path}: holds {' and '.join(read)}, expected train and test, or train alone")
     return ImageSet(name, source.describe(), classes, *splits)

@@ -11,7 +11,7 @@ from torch import nn
 from conftest import COLOURS, run_module
 from seresnet import config
 from seresnet.augment import normalise
-from seresnet.evaluate import evaluate, measure
+from seresnet.evaluate import evaluate, main, measure
 from seresnet.sources import find_source
 from seresnet.tta import VIEWS
 
@@ -146,6 +146,22 @@ def test_the_program_tells_what_a_net_does(run, tmp_path):
     assert "shift.png" not in output.splitlines()[-1] and "notes.txt" not in output.splitlines()[-1]
 
 
+def test_who_stops_reading_finds_the_files_nevertheless(run, tmp_path, monkeypatch):
+    """As with `| head -2`: the first lines come at once, and what follows them behind the files."""
+    lines = []
+
+    def say(text):
+        if lines:
+            raise BrokenPipeError
+        lines.append(text)
+    monkeypatch.setattr("seresnet.report.say", say)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--checkpoint", str(run[0]), "--data", str(run[0].parent / "test.beton"), "--out", str(tmp_path)])
+    with pytest.raises(BrokenPipeError):
+        main()
+    assert f"accuracy {run[2]['accuracy_tta']:.2%}" in lines[0]
+    assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.json", "confusion.png"}
+
+
 @pytest.mark.parametrize("split, kept, told", [("train", "environment", 1), ("train", "report", 1), ("test", "environment", 0)])
 def test_images_that_were_trained_on_are_told_as_such(split, kept, told, run, tmp_path):
     """By a run that was stopped, too, which has no report; and by one of an earlier version, whose report alone said it."""
@@ -154,6 +170,30 @@ def test_images_that_were_trained_on_are_told_as_such(split, kept, told, run, tm
         shutil.copy(run[0] / name, tmp_path / "run")
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", "run", "--data", run[0].parent / f"{split}.beton", "--out", "told")
     assert status == 0 and output.count("which the net was trained on") == told, errors
+
+
+def test_a_folder_of_images_of_other_sizes_is_fitted(run, tmp_path):
+    """With the option that this program has; what is trained on is known by it, and pictures that are passed over are told."""
+    from PIL import Image
+    folder, test, outcome = run
+    for i, (label, name) in enumerate((*enumerate(COLOURS), *enumerate(COLOURS))):
+        (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(test.images[test.labels == label][0]).resize((32, 32 + i), 0).save(tmp_path / "set" / name / f"{i}.png")
+    (tmp_path / "set" / COLOURS[0] / "photo.webp").touch()
+    keys = ("--checkpoint", folder, "--data", "set", "--split", "all")
+    status, _, errors = run_module("evaluate", tmp_path, *keys)
+    assert status == 2 and "bring all to one size with --fit resize or --fit crop" in errors
+    status, output, errors = run_module("evaluate", tmp_path, *keys, "--fit", "resize")
+    assert status == 0 and "all of it (left out: 1 pictures" in output and "6 images in" in output, errors
+    for name in COLOURS:
+        for i, file in enumerate(sorted((tmp_path / "set" / name).glob("*.png"))):
+            Image.open(file).resize((32, 32), 0).save(file) if i == 0 else file.unlink()
+    status, _, errors = run_module("evaluate", tmp_path, *keys, "--fit", "none")
+    assert status == 2 and "has images of 32 x 32 pixels, the net takes 16 x 16: give --fit resize or --fit crop" in errors
+    shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluation"))
+    (tmp_path / "moved/environment.json").write_text(json.dumps({"data": {"fingerprint": find_source(tmp_path / "set").fingerprint()}}))
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", "moved", *keys[2:], "--fit", "crop")
+    assert status == 0 and "with the images that the net was trained on" in output, errors
 
 
 def test_a_folder_of_images_will_do(run, tmp_path):

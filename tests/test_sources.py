@@ -9,12 +9,13 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import tarfile
 import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from seresnet import cifar as official
 from seresnet import files, imageset, sources
@@ -452,6 +453,22 @@ def test_a_photograph_is_turned_as_its_camera_was_held(tmp_path, suffix):
     assert files.read_image(tmp_path / f"b{suffix}").shape == (16, 24, 3)
 
 
+@pytest.mark.parametrize("held", range(10))
+def test_every_way_to_hold_a_camera_is_undone(tmp_path, held):
+    """0 and 9 are none. As Pillow does it, and where Pillow could not write the rest of the EXIF data again: a unit that is a word."""
+    pixels = np.random.default_rng(held).integers(0, 256, (5, 7, 3), np.uint8)
+    entries = struct.pack("<HHIHH", 274, 3, 1, held, 0) + struct.pack("<HHI4s", 296, 2, 2, b"2\0")
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    exif = Image.Exif()
+    exif[274] = held
+    Image.fromarray(pixels).save(tmp_path / "b.png", exif=exif)
+    with Image.open(tmp_path / "b.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert (expected.shape == (7, 5, 3)) == (held in range(5, 9))
+    for name in ("a.png", "b.png"):
+        assert np.array_equal(files.read_image(tmp_path / name), expected), name
+
+
 def test_what_a_folder_holds_beside_is_said_or_hidden(tree):
     source = find_source(tree)
     assert source.left_out() == ""
@@ -676,6 +693,51 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
     write_tree(tmp_path, "pets", ("cat", "dog"), 1)
     with pytest.raises(SourceError, match="only image of its class"):
         find_source(tmp_path / "pets").read()
+    read = find_source(tmp_path / "pets", for_training=False).read()
+    assert len(read.train.images) == 0 and read.test.labels.tolist() == [0, 1]
+
+
+def test_a_set_that_is_looked_at_needs_fewer_images_than_one_to_train_on(tmp_path):
+    write_tree(tmp_path, "pets", ("cat",), 5)
+    (tmp_path / "pets/dog").mkdir()
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 1, 3, 3, 4])    # none of class 2
+    np.savez(tmp_path / "test.npz", x_test=images, y_test=labels)
+    np.savez(tmp_path / "whole.npz", x=images, y=labels)
+    for name, message in (("pets", "every class needs images"), ("test.npz", "holds test, expected"), ("whole.npz", "only image of its class")):
+        with pytest.raises(SourceError, match=message):
+            find_source(tmp_path / name).read()
+    read = {name: find_source(tmp_path / name, for_training=False).read() for name in ("pets", "test.npz", "whole.npz")}
+    assert read["pets"].classes == ("cat", "dog") and [len(s.labels) for s in (read["pets"].train, read["pets"].test)] == [4, 1]
+    assert len(read["test.npz"].train.labels) == 0 and read["test.npz"].test.labels.tolist() == labels.tolist()
+    assert sorted([*read["whole.npz"].train.labels, *read["whole.npz"].test.labels]) == labels.tolist() and read["whole.npz"].classes == tuple("01234")
+    np.savez(tmp_path / "none.npz", x_test=images[:0], y_test=labels[:0])
+    with pytest.raises(SourceError, match="has 0 labels"):
+        find_source(tmp_path / "none.npz", for_training=False).read()
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    """What is handed in are the classes' numbers: of 43 traffic signs in folders 0 to 42, number 2 has to be folder 2."""
+    write_tree(tmp_path, "signs", map(str, range(12)), 2)
+    assert find_source(tmp_path / "signs").read().classes == tuple(map(str, range(12)))
+    write_tree(tmp_path, "words", ("10a", "9", "b"), 2)
+    assert find_source(tmp_path / "words").read().classes == ("10a", "9", "b")
+    (tmp_path / "kaggle").mkdir()
+    (tmp_path / "signs/3").rename(tmp_path / "kaggle/train")
+    for i in range(2, 24):
+        shutil.copy(tmp_path / "kaggle/train/000.png", tmp_path / f"kaggle/train/{i:03}.png")
+    (tmp_path / "kaggle/trainLabels.csv").write_text("id,label\n" + "".join(f"{i:03},{i % 12}\n" for i in range(24)))
+    assert find_source(tmp_path / "kaggle", "kaggle").read().classes == tuple(map(str, range(12)))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
+def test_files_that_cannot_be_read_are_named_all_at_once_before_any_is_decoded(tmp_path):
+    write_tree(tmp_path, "pets", ("cat", "dog"), 2)
+    for i in range(25):
+        (tmp_path / f"pets/cat/link{i:02}.png").symlink_to("nowhere")
+    with pytest.raises(SourceError) as caught:
+        find_source(tmp_path / "pets").fingerprint()
+    assert len(caught.value.problems) == 21 and caught.value.problems[-1] == "and 5 more like these"
+    assert caught.value.problems[0].endswith("link00.png: No such file or directory: replace or remove it")
 
 
 @pytest.mark.parametrize("fit", files.FITS)

@@ -279,6 +279,21 @@ def test_a_net_that_is_not_trained_to_its_end_is_told_as_such(run, tmp_path):
         assert status == 0 and ("weights.pt after 2 of 3 epochs" in output) == told and ("after" in output) == told, errors
 
 
+def test_ids_keep_their_suffix_where_that_is_asked_for(run, tmp_path):
+    """As some competitions have them; and two pictures that differ in it alone are two."""
+    (tmp_path / "new/more").mkdir(parents=True)
+    for i, name in enumerate(("10.png", "2.png", "2.jpg", "more/a.PNG")):
+        Image.fromarray(run[1].images[i]).save(tmp_path / "new" / name)
+    keys = ("--checkpoint", run[0], "--out", "p.csv", "--images")
+    status, _, errors = predict(tmp_path, *keys, "new")
+    assert status == 2 and "ids more than once, such as '2'" in errors
+    status, _, errors = predict(tmp_path, *keys, "new", "--suffix")
+    assert status == 0, errors
+    assert [line.partition(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()] == ["ID", "2.jpg", "2.png", "10.png", "more/a.PNG"]
+    status, _, errors = predict(tmp_path, *keys, "new/2.jpg", "--suffix")
+    assert status == 0 and (tmp_path / "p.csv").read_text().splitlines()[1].startswith("2.jpg,"), errors
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
 def test_a_link_to_a_file_stays_one(run, tmp_path):
     np.save(tmp_path / "x.npy", run[1].images)
