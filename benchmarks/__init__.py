@@ -1,5 +1,6 @@
 """Benchmarks of the project; each prints one table and, where asked to, keeps what it measured as JSON."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,14 +24,18 @@ def device_of(settings):
 
 
 def keep(folder: str | None, name: str, recipe: str, result: dict) -> None:
-    """Write `<folder>/<name>.json`: the result with the machine, versions, commit and command that gave it; nothing
-    without a folder."""
+    """Write `<folder>/<name>.json`: the result with the command that gave it, and the machine, versions and commit, which are this
+    process's where the result does not name them; nothing without a folder."""
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        record = {"recipe": recipe, **result, "machine": runtime.describe_machine(),
-                  "versions": runtime.describe_versions(), "commit": runtime.git_commit(),
-                  "command": ["python", *sys.orig_argv[1:]]}
+        record = {"recipe": recipe, "machine": runtime.describe_machine(), "versions": runtime.describe_versions(),
+                  "commit": runtime.git_commit(), **result, "command": ["python", *sys.orig_argv[1:]]}
         (Path(folder) / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def short(commit: str) -> str:
+    """A commit, or several in one text, for a line of words; `+changes` behind one stays."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]+", r"\1", commit)
 
 
 def own_memory() -> int:

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks import keep, problems_with
-from benchmarks.time_to_accuracy import OneProgram, Trainings, accuracy_figures, arguments_of, names_seed, paid_for_others, read_report
+from benchmarks import keep, problems_with, short
+from benchmarks.time_to_accuracy import (OneProgram, Trainings, accuracy_figures, arguments_of, environments_of, names_seed, paid_for_others,
+                                         read_report)
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -123,7 +124,7 @@ def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, co
             error = raised.with_traceback(None)
         tell(folder, error, failed)
         if isinstance(error, runtime.DeviceFailed):
-            failed.append("the trainings behind it were not begun: start this again")
+            failed[-1] += "; the trainings behind it were not begun" if folder != todo[-1][1] else ""
             break
     return failed
 
@@ -184,8 +185,8 @@ def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, ru
              "intervals and probabilities: the luck of the seeds alone, on these images, each variant by itself"]
     if failed:
         lines.append(f"{failed} runs failed: their rows are of the rest, and flattered where it is the seed that decides")
-    if len({run["commit"] for run in runs}) > 1:
-        lines.append("the runs are of several commits: " + ", ".join(sorted({run["commit"][:12] for run in runs})))
+    if len({run["commit"] for run in runs}) > 1 or " then " in runs[0]["commit"]:
+        lines.append("the runs are of several commits: " + ", ".join(sorted({short(run["commit"]) for run in runs})))
     lines.append("nothing may be chosen by this: the test set has been looked at" if own.on_test else
                  f"the best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, on the test set once "
                  "(benchmarks.time_to_accuracy)")
@@ -201,8 +202,9 @@ def main() -> None:
     todo = [(arguments, folder) for arguments, folder in prepared if arguments]
     failed = run_here(todo, variants[AS_IT_IS], len(places)) if own.one_program else run_all(todo, own.jobs)
     runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
+    ended = [folder for folder in places.values() if (folder / "report.json").exists()]
     for (name, seed), folder in places.items():
-        if (folder / "report.json").exists():
+        if folder in ended:
             last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
             runs[name][seed] = {**read_report(folder), "last_training_accuracy": last["train_accuracy"]}
     rows = {name: row(found, runs[AS_IT_IS]) for name, found in runs.items() if found}
@@ -214,7 +216,8 @@ def main() -> None:
         keep(own.out, recipe, recipe, {
             "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "failed": failed, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},
-            "config": variants[AS_IT_IS].as_dict()})
+            "config": variants[AS_IT_IS].as_dict(),
+            **environments_of(ended[-1])[-1]})
     if failed:
         raise runtime.UserError(*failed)
 

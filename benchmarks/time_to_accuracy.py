@@ -27,10 +27,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import keep, problems_with
+from benchmarks import keep, problems_with, short
 from seresnet import beton, config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
+DIVERGED = 3    # the status of such a training
 CRASHES = (runtime.DeviceFailed.status, *(-number for name in ("SIGSEGV", "SIGABRT", "SIGBUS") if (number := getattr(signal, name, None))))
 WAY_ON = "start this again, it goes on where it was"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
@@ -57,6 +58,14 @@ def accuracy_figures(values: Sequence[float], target: float | None, confidence: 
         found["probability_below_target"] = (float(stats.t.cdf((target - mean) / error, n - 1)) if error
                                              else float(mean < target))
     return found
+
+
+class Diverged(runtime.UserError):
+    """A training whose loss is not finite: started again it would be so again, at the same step on a CPU."""
+
+    def __init__(self, folder: Path, told: str):
+        super().__init__(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept; it would diverge again: choose other seeds, or "
+                         f"another learning rate and another --out")
 
 
 class Trainings:
@@ -95,12 +104,14 @@ class Trainings:
     def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. One whose
         device fails, or that machine code ends, goes on once from the state that it saved last. Raises UserError where it fails,
-        runtime.Interrupted where it was stopped, or would have been started after that."""
+        Diverged where it did, runtime.Interrupted where it was stopped, or would have been started after that."""
         started = time.perf_counter()
         status, told = self._run(arguments, folder)
         if status in CRASHES and (folder / "last.pt").exists() and not (folder / "report.json").exists():
             runtime.tell(f"{folder}: ended with status {status}: {told[-300:]}: goes on from the state that was saved last\n".encode())
-            status, told = self._run(["--run.resume", str(folder)], folder)
+            status, told = self._run(arguments if arguments[0] == "--run.resume" else ["--run.resume", str(folder)], folder)
+        if status == DIVERGED:
+            raise Diverged(folder, told[-500:])
         if status:
             raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {status}: "
                                     f"{told[-500:]}: what has ended is kept: {WAY_ON}")
@@ -157,7 +168,8 @@ class OneProgram:
                 told = f"{type(error).__name__}: {told}"
             dead = isinstance(error, runtime.DeviceFailed) or not runtime.cuda_answers()
             kind = runtime.DeviceFailed if dead else runtime.UserError
-            failed = kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {WAY_ON}")
+            failed = (Diverged(folder, told) if isinstance(error, runtime.NonFiniteLoss) and not dead else
+                      kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {WAY_ON}"))
             traceback.clear_frames(error.__traceback__)    # which hold the session
         gc.collect()    # so do cycles: what its steps are recorded in, on a GPU its memory
         if failed:
@@ -185,7 +197,7 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
     if (folder / "report.json").exists():
         return []
     if (folder / "last.pt").exists():
-        return ["--run.resume", str(folder)]
+        return ["--run.resume", str(folder), "--beton.train", settings.beton.train, "--beton.test", settings.beton.test]    # which may have moved
     if folder.exists():    # killed before its first checkpoint: nothing in it is worth keeping
         report.open_run_folder(folder).close()    # refuses where a training is at work there
         shutil.rmtree(folder)
@@ -196,16 +208,26 @@ def arguments_of(settings: config.Config, seed: int, folder: Path) -> list[str]:
 
 
 def read_report(folder: Path) -> dict:
-    """report.json of a run, with its `commit` and the program's wall-clock `seconds`, None where it ran in more than one piece, or beside
-    others. `before_in_program`: how many trainings its program had done before, None where it had a program of its own."""
+    """report.json of a run, with its `commit`, or all of them where it went on under others, and the program's wall-clock `seconds`, None
+    where it ran in more than one piece, or beside others. `before_in_program`: how many trainings its program had done before, None
+    where it had a program of its own."""
     outcome = report.read_report(folder)
-    series, environment = folder / "series.json", json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    machine = [environment, *environment.get("resumed", [])][-1].get("machine", environment["machine"])    # that of its end
+    series, pieces = folder / "series.json", environments_of(folder)
+    machine = pieces[-1]["machine"]
     processor = machine.get("gpu", "a GPU") if outcome["run_device"].startswith("cuda") else machine["processor"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() else {}
     before, noted = noted.get("before_in_program"), {} if outcome["resumed"] else noted
-    return {**outcome, "commit": environment["commit"], "machine": f"{processor} ({machine['cores']} cores)",
+    commits = " then ".join(dict.fromkeys(str(piece["commit"]) for piece in pieces))
+    return {**outcome, "commit": commits, "machine": f"{processor} ({machine['cores']} cores)",
             "before_in_program": before, "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
+
+
+def environments_of(folder: Path) -> list[dict]:
+    """The `machine`, `versions` and `commit` of each piece that the run in `folder` was trained in; not of one that was killed while it
+    wrote them down."""
+    begun = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    pieces = [{**begun, **piece} for piece in ({}, *begun.get("resumed", []))]
+    return [{name: piece[name] for name in ("machine", "versions", "commit")} for piece in pieces if "machine" in piece]
 
 
 def paid_for_others(run: dict) -> bool:
@@ -265,8 +287,8 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
                       f"{figures['interval_low']:.3%} to {figures['interval_high']:.3%}")
     if figures["probability_below_target"] is not None:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
-    if len({run["commit"] for run in runs}) > 1:
-        lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {run['commit'][:12]}" for run in runs))
+    if len({run["commit"] for run in runs}) > 1 or " then " in runs[0]["commit"]:
+        lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {short(run['commit'])}" for run in runs))
     if any(run["before_in_program"] for run in runs):
         lines.append("several in one program, which pays for its start in the first, whose times the medians leave out: seed "
                      + ", ".join(str(run["seed"]) for run in runs if paid_for_others(run)))
@@ -293,20 +315,34 @@ def main() -> None:
         problems.append("--run.seed: the series counts seeds from --first-seed on: give that")
     if problems:
         raise runtime.UserError(*problems)
-    runs = []
+
+    def folder_of(seed: int) -> Path:
+        return Path(own.out) / settings.recipe / f"seed-{seed}"
+    runs, diverged = [], {}
     with nullcontext(OneProgram(settings, own.seeds)) if own.one_program else Trainings() as trainings:
         for seed in range(own.first_seed, own.first_seed + own.seeds):
-            run = run_seed(trainings, settings, seed, Path(own.out) / settings.recipe / f"seed-{seed}")
+            try:
+                run = run_seed(trainings, settings, seed, folder_of(seed))
+            except Diverged as error:
+                diverged[seed] = error.with_traceback(None)
+                report.say(str(error), aside=True)
+                continue
             runs.append(run)
             print(f"seed {seed}: {run['accuracy_tta']:.2%} in {run['train_seconds']:.1f} s of training and "
                   f"{run['eval_seconds']:.1f} s of evaluation", flush=True)
+    if not runs:
+        raise next(iter(diverged.values()))
     figures = accuracy_figures([run["accuracy_tta"] for run in runs], own.target)
     print("\n" + tables(runs, figures, own.target))
-    names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit")
+    names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit", "machine")
     keep(own.out, settings.recipe, settings.recipe, {
         "target": own.target, "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
         "median_seconds": {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS},
-        "runs": [{name: run[name] for name in names} for run in runs], "config": settings.as_dict()})
+        "runs": [{name: run[name] for name in names} for run in runs], "diverged": list(diverged), "config": settings.as_dict(),
+        **environments_of(folder_of(runs[-1]["seed"]))[-1]})
+    if diverged:
+        raise runtime.UserError(f"{len(diverged)} of {len(diverged) + len(runs)} seeds diverged, {', '.join(map(str, diverged))}: the figures are of "
+                                "the rest, and flattered")
 
 
 if __name__ == "__main__":

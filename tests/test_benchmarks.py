@@ -93,8 +93,58 @@ def test_a_series_in_one_program_trains_the_same_nets(series, monkeypatch, capsy
 def test_a_training_that_fails_in_one_program_says_how_the_series_goes_on(series, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*(str(tmp_path) if word == str(series[1]) else word for word in series[0]), "--one-program",
                                       "--run.tune_allocator", "false", "--optim.lr", "1e30"])
-    with pytest.raises(runtime.UserError, match="^seed 100: .* is not finite in epoch 1.*: what has ended is kept: start this again"):
+    with pytest.raises(runtime.UserError, match="^seed 100: .* is not finite in epoch 1.*: what has ended is kept; it would diverge again"):
         time_to_accuracy.main()
+
+
+def test_a_seed_that_diverges_leaves_the_others_in_the_series(series, monkeypatch, capsys):
+    """Its figures are told to be without it; called again, it is not another series."""
+    arguments, out = series
+    monkeypatch.setattr(sys, "argv", arguments)
+    time_to_accuracy.main()    # where no test above has done so
+    before, run_seed = json.loads((out / "colours.json").read_text()), time_to_accuracy.run_seed
+
+    def diverges(trainings, settings, seed, folder):
+        if seed == 101:
+            raise time_to_accuracy.Diverged(folder, "the loss is not finite")
+        return run_seed(trainings, settings, seed, folder)
+    monkeypatch.setattr(time_to_accuracy, "run_seed", diverges)
+    capsys.readouterr()
+    with pytest.raises(runtime.UserError, match="^1 of 2 seeds diverged, 101: the figures are of the rest, and flattered"):
+        time_to_accuracy.main()
+    told, record = capsys.readouterr(), json.loads((out / "colours.json").read_text())
+    assert "seed 101: the loss is not finite: what has ended is kept" in told.err and "n = 1" in told.out
+    assert record["diverged"] == [101] and [run["seed"] for run in record["runs"]] == [100]
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", arguments)
+    time_to_accuracy.main()
+    assert json.loads((out / "colours.json").read_text())["runs"] == before["runs"]
+
+
+def test_what_is_kept_of_a_series_is_of_its_trainings(series, monkeypatch, tmp_path, capsys):
+    """Read again elsewhere and later: machine, versions and commit are those that they were trained by, each piece of them."""
+    arguments, out = series
+    monkeypatch.setattr(sys, "argv", arguments)
+    time_to_accuracy.main()    # where no test above has done so
+    shutil.copytree(out, tmp_path / "moved")
+    for seed, resumed in ((100, []), (101, [{"commit": "b" * 40 + "+changes", "machine": {"processor": "another", "cores": 99}, "versions": {"torch": "9"}}])):
+        file = tmp_path / f"moved/colours/seed-{seed}/environment.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "commit": "b" * 40, "resumed": resumed}))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "moved") if word == str(out) else word for word in arguments])
+    capsys.readouterr()
+    time_to_accuracy.main()
+    record, said = json.loads((tmp_path / "moved/colours.json").read_text()), capsys.readouterr().out
+    assert record["machine"] == {"processor": "another", "cores": 99} and record["versions"] == {"torch": "9"}
+    assert [run["commit"] for run in record["runs"]] == ["b" * 40, "b" * 40 + " then " + "b" * 40 + "+changes"]
+    assert f"seed 100 of {'b' * 12}, seed 101 of {'b' * 12} then {'b' * 12}+changes\n" in said
+
+
+def test_a_run_goes_on_with_the_data_where_they_are_now(tmp_path):
+    (tmp_path / "seed-3").mkdir()
+    (tmp_path / "seed-3/last.pt").touch()
+    settings = config.build({"beton.train": "there/train.beton", "beton.test": "there/test.beton"})
+    assert time_to_accuracy.arguments_of(settings, 3, tmp_path / "seed-3") == [
+        "--run.resume", str(tmp_path / "seed-3"), "--beton.train", "there/train.beton", "--beton.test", "there/test.beton"]
 
 
 def test_a_series_in_one_program_that_is_stopped_says_how_it_goes_on(series, monkeypatch, tmp_path):
@@ -216,7 +266,7 @@ def test_variants_are_trained_with_the_same_seeds_on_a_holdout(comparison, monke
 def test_a_variant_that_fails_leaves_the_others_alone(comparison, monkeypatch, capsys):
     arguments, out = comparison
     monkeypatch.setattr(sys, "argv", [*arguments, "--seeds", "1", "--variant", "--optim.lr 1e30"])
-    with pytest.raises(runtime.UserError, match="optim.lr_1e30, seed 10: the training ended with status 3"):
+    with pytest.raises(runtime.UserError, match="optim.lr_1e30, seed 10: .*not finite.*it would diverge again"):
         compare.main()
     output = capsys.readouterr().out
     assert "| --optim.lr 0.05 " in output and "1 runs failed: their rows are of the rest" in output
@@ -260,7 +310,7 @@ def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monke
     assert [seed for seed, _ in begun] == [1, 2, 3] and {program.trainings for _, program in begun} == {7}
     assert begun[0][1].begun == 0 < begun[1][1].begun < begun[2][1].begun
     assert json.loads((tmp_path / "seed-2/series.json").read_text())["before_in_program"] == 1 and not (tmp_path / "seed-1/series.json").exists()
-    assert len(failed) == 3 and "not begun" in failed[2] and "seed 1: RuntimeError: one\nof ours: what has ended is kept" in failed[0] and "seed 3: no device" in failed[1]
+    assert len(failed) == 2 and "not begun" in failed[1] and "seed 1: RuntimeError: one\nof ours: what has ended is kept" in failed[0] and "seed 3: no device" in failed[1]
     assert "RuntimeError: one" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*comparison[0], "--one-program", "--variant", "--run.threads 1"])
     with pytest.raises(runtime.UserError, match="--run.threads 1': changes what is settled once in a program"):
@@ -359,7 +409,7 @@ def test_a_training_whose_device_fails_goes_on_once(tmp_path, monkeypatch, capfd
                 trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
         else:
             trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
-    goes_on = saved and "exit(2)" not in crash
+    goes_on = saved and "exit(2)" not in crash    # with the data that it was called with, where that is not the run's own place
     assert (tmp_path / "log").read_text().splitlines() == ["--run.folder seed-3", "--run.resume seed-3"][:1 + goes_on]
     assert (folder / "series.json").exists() == (message is None)
     assert ("no device: goes on from the state that was saved last" in capfd.readouterr().err) == goes_on
