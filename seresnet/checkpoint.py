@@ -38,8 +38,9 @@ def save(path: Path | str, state: dict) -> None:
         if isinstance(error, RuntimeError) and (runtime.is_out_of_memory(error) or "CUDA" in str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: cannot be written ({reason}): free space there, or choose another folder with "
-                              "--run.folder") from error
+        way_on = (f"then go on from what was saved before: --run.resume {path.parent}" if path.with_name("last.pt").exists() else
+                  "or choose another folder with --run.folder")
+        raise CheckpointError(f"{path}: cannot be written ({reason}): free space there, {way_on}") from error
 
 
 def load(path: Path | str) -> dict:
@@ -107,7 +108,7 @@ def restore_training_state(state: dict, model: nn.Module, optimizer: torch.optim
         if average:
             average.load_state_dict(state["average"])
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-        if scaler.is_enabled():
+        if scaler.is_enabled() and state["scaler"]:    # none of a run that was in another format so far
             scaler.load_state_dict(state["scaler"])
         generator.set_state(state["generators"]["augmentation"])
         torch.set_rng_state(state["generators"]["torch"])

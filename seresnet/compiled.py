@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
@@ -107,7 +107,7 @@ def passes() -> SimpleNamespace | None:
         return numba.njit(function, parallel=True, cache=keep, fastmath={"contract"})
 
     def threaded(function):
-        passing = None
+        passing, compiled_for = None, set()
 
         def call(*arguments):
             nonlocal passing
@@ -116,12 +116,15 @@ def passes() -> SimpleNamespace | None:
             threads = torch.get_num_threads()
             numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
             torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
-            try:
-                passing = passing or compiled_by_numba(function, True)
-                passing(*arrays)
-            except Exception:    # a cache that cannot be written, or read, is no reason to do without
-                passing = compiled_by_numba(function, False)
-                passing(*arrays)
+            kinds = tuple((value.dtype, value.ndim) if isinstance(value, np.ndarray) else type(value) for value in arrays)
+            with nullcontext() if kinds in compiled_for else told_where_it_takes_long():
+                try:
+                    passing = passing or compiled_by_numba(function, True)
+                    passing(*arrays)
+                except Exception:    # a cache that cannot be written, or read, is no reason to do without
+                    passing = compiled_by_numba(function, False)
+                    passing(*arrays)
+            compiled_for.add(kinds)
         return call
 
     functions = (kernels.pool, kernels.unpool, kernels.sums, kernels.activate, kernels.gradient_sums, kernels.gradients,
@@ -136,10 +139,16 @@ def passes() -> SimpleNamespace | None:
         return None
 
 
+_telling = threading.Lock()
+
+
 @contextmanager
 def told_where_it_takes_long() -> Iterator[None]:
     """Say, to the log `seresnet`, what takes so long, where it takes longer than PATIENCE seconds. Without a handler of the user's own that is
-    a line on the error stream."""
+    a line on the error stream. Within another such block, it is that one's to say."""
+    if not _telling.acquire(blocking=False):
+        yield
+        return
     timer = threading.Timer(PATIENCE, logging.getLogger("seresnet").warning, [
         "compiling for this CPU: 10 to 30 s where nothing of it is on disk, which is where it is kept if it can be"])
     timer.daemon = True
@@ -148,6 +157,7 @@ def told_where_it_takes_long() -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        _telling.release()
 
 
 def _try(passes: SimpleNamespace, kind: type) -> None:

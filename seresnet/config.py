@@ -431,6 +431,9 @@ def contradictions(c: Config) -> list[str]:
     if c.evaluate.split == "holdout" and c.model.classes and c.evaluate.holdout_size % c.model.classes:
         found.append(f"evaluate.holdout_size: got {c.evaluate.holdout_size}, expected a multiple of model.classes = "
                      f"{c.model.classes}, so that every class has as many")
+    if c.sources.kind == "digits" and c.sources.path != Sources.path:
+        found.append(f"sources.path, sources.kind: got {c.sources.path} and digits, which scikit-learn brings along: leave the path out, "
+                     "or read what lies there with another recipe, or --sources.kind auto")
     if Path(c.beton.train) == Path(c.beton.test):
         found.append(f"beton.train, beton.test: both are {c.beton.train}, expected two files")
     return found

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -418,6 +418,8 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
         if stage == "report.json":
             report.say(f"{begun} was finished before the launcher started this again: nothing is left to do")
             return report.read_report(begun) if ranks.main else {}
+        if config.run.resume == "auto" and config.run.folder and begun is None and was_left_at_once(Path(config.run.folder), config):
+            begun = Path(config.run.folder)
         if stage == "last.pt":
             config = replace(config, run=replace(config.run, resume=str(begun), folder=""))
         with ranks.together():
@@ -440,10 +442,13 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                         config.report.folder, config.recipe, config.run.folder)
                     if config.run.resume == "auto" and not begun:
                         report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
-                                   "this one begins anew")
+                                   "this one begins anew" + ("" if config.run.folder else newest_unlike(config)))
                     if config.recipe == "default" and not begun:
                         report.say(f"no --config-file: {config.loop.epochs:,} epochs with the defaults and what the command line gives; "
                                    "rn_configs/ holds recipes (--config-file rn_configs/se94.yaml)")
+                    if config.augment.flip == "none" and config.evaluate.tta != "none" and not begun:
+                        report.say(f"evaluate.tta: {config.evaluate.tta} looks at mirrored images, too, which this net is not trained on "
+                                   "(augment.flip: none): --evaluate.tta none goes with it")
                     itself = replace(config, run=replace(config.run, folder="", resume=""))    # given again, it is a new run
                     folder.write_start(itself.as_dict(), environment)
                 elif state is not None:
@@ -507,6 +512,14 @@ def device_failure_explained(device: torch.device, folder: Path) -> Iterator[Non
             "from the state that was saved last; should it come again, with --run.cuda_graphs false") from error
 
 
+def was_left_at_once(path: Path, config: Config) -> bool:
+    """Whether a training of this config began in the folder `path`, and ended before it had saved anything."""
+    kept = {file.name for file in path.glob("*")}
+    if kept == {"log.jsonl"}:
+        return not (path / "log.jsonl").stat().st_size
+    return "config.yaml" in kept and not kept & {"report.json", *report.CHECKPOINTS} and is_of(path, config)
+
+
 def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:
     """The run folder that the launcher's earlier attempt began, where it has started this training again (--max-restarts), and
     how far it came: `report.json`, `last.pt`, or '' where it holds neither. The first process looks: only it has to see it."""
@@ -526,12 +539,28 @@ def is_of(path: Path, config: Config) -> bool:
     """Whether the run in the folder `path` has this config, as far as can be told before the data are opened: a job may train
     one recipe with several seeds."""
     try:
-        found = changes(read_file(str(path / "config.yaml")), config)
+        return not changes_of(path, config)
     except runtime.UserError:
         return False
+
+
+def changes_of(path: Path, config: Config) -> list[tuple[str, object, object]]:
+    """(`section.key`, value there, value now) where the run in the folder `path` has another config. Raises UserError where its
+    config.yaml cannot be read."""
     # of a set, a job's copy may lie in another place, under its name
-    return not any(has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name
-                   for name, before, value in found)
+    return [(name, before, value) for name, before, value in changes(read_file(str(path / "config.yaml")), config)
+            if has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name]
+
+
+def newest_unlike(config: Config) -> str:
+    """In words, the newest unfinished run that is not of this config, and why; '' for none. For who mistypes a key of the run meant."""
+    for path in report.unfinished_run_folders(config.report.folder):
+        with suppress(runtime.UserError):
+            found = [f"{name} {before}, not {value}" for name, before, value in changes_of(path, config)]
+            if found:
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+                return f" (the newest one of another, {path}, has {', '.join(found[:3])}{more})"
+    return ""
 
 
 def fingerprint(config: Config, data: Data) -> int:

@@ -173,7 +173,7 @@ class SEResNet(nn.Module):
             stages.append(Layers(*stage))
         self.stages = nn.Sequential(*stages)
         if not self.takes(image_size):
-            raise ValueError(f"{len(blocks)} stages leave nothing of images of {image_size} pixels a side: fewer "
+            raise ValueError(f"blocks: {len(blocks)} stages leave nothing of images of {image_size} pixels a side: fewer "
                              "stages, or larger images")
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes, bias=head_bias)

@@ -459,16 +459,14 @@ class CountBar:
 
 
 def seconds_since_process_start() -> float:
-    """Seconds that this process has lived, imports included; the restart that tunes the allocator keeps its clock."""
+    """Seconds that this process has lived, imports included; the restart that tunes the allocator keeps its clock. Where the system does
+    not say it, since runtime was loaded, which programs do first."""
     try:
         with open("/proc/self/stat", encoding="ascii") as file:
             started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (OSError, AttributeError, ValueError):
-        return time.perf_counter() - _IMPORTED
-
-
-_IMPORTED = time.perf_counter()
+        return time.perf_counter() - runtime.LOADED
 
 
 # -- runs side by side --------------------------------------------------------------------------------------------------

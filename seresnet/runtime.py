@@ -43,6 +43,7 @@ ALLOCATOR_TUNABLES = {
 SPINS = "5000"
 DEVICES = r"auto|cpu|mps|cuda(:\d{1,2})?"    # what run.device and --device may be
 _TUNED_MARK = "SERESNET_ALLOCATOR"
+LOADED = time.perf_counter()
 
 
 class UserError(ValueError):
@@ -195,13 +196,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._launch.world > 1 and self._before:
-            signal.alarm(0)
+            _end_in(0)
 
     def _note(self, number: int, frame) -> None:
         if self._launch.world > 1:
             if not self.signal:
                 self.signal = number
-                signal.alarm(self.LAST_SECONDS)
+                _end_in(self.LAST_SECONDS)
                 if self._launch.rank == 0:
                     tell(b"stopping after this step\n")
             return
@@ -212,6 +213,12 @@ class StopRequest:
             signal.raise_signal(number)
         self.signal, self._since = number, time.monotonic()
         tell(b"stopping after this step; once more to leave at once\n")
+
+
+def _end_in(seconds: int) -> None:
+    """Have the system end this process in so many seconds, 0 for never. Windows cannot."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
 
 
 def tell(line: bytes) -> None:
@@ -237,7 +244,6 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        traceback.clear_frames(error.__traceback__)    # a progress bar that is open ends before anything is said
         status = _complain(error.problems, error.status)
     except NonFiniteLoss as error:
         status = _complain((str(error),), 3)
@@ -280,6 +286,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _complain(problems: tuple[str, ...], status: int) -> int:
+    traceback.clear_frames(sys.exc_info()[2])    # a progress bar that is open ends before anything is said
     for problem in problems if _has_voice() else ():
         # names that strangers chose may hold line ends, or what a terminal takes for commands
         with suppress(OSError):    # nobody reads: the status still tells

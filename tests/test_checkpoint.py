@@ -97,6 +97,21 @@ def test_a_folder_without_the_right_to_write_is_named(tmp_path):
         folder.rmdir()
 
 
+def test_a_disk_that_is_full_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+    """And it is told how to go on from that, not to begin again elsewhere."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    checkpoint.save(tmp_path / "best.pt", {"a": 1})
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="free space there, or choose another folder with --run.folder"):
+        checkpoint.save(tmp_path / "best.pt", {"a": 2})
+    monkeypatch.undo()
+    checkpoint.save(tmp_path / "last.pt", {"a": 1})
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=f"free space there, then go on from what was saved before: --run.resume {tmp_path}$"):
+        checkpoint.save(tmp_path / "best.pt", {"a": 2})
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere/w.pt: cannot be written"):
         checkpoint.save(tmp_path / "nowhere" / "w.pt", state())

@@ -1,4 +1,5 @@
 """compiled: numba's code where numba works, in torch's threads; and what the passes do to numbers."""
+import logging
 import os
 import subprocess
 import sys
@@ -89,6 +90,25 @@ def test_compiling_is_told_where_it_takes_long(seconds, told, monkeypatch, caplo
     assert compiled.passes.__wrapped__() is not None
     time.sleep(0.3)    # nothing is told afterwards
     assert [record.getMessage().split()[0] for record in caplog.records if record.name == "seresnet"] == ["compiling"] * told
+
+
+def test_compiling_for_another_kind_is_told_later(monkeypatch, numba_passes):
+    """Once a kind, and once where many are compiled together."""
+    told, tells = [], compiled.told_where_it_takes_long
+    monkeypatch.setattr(compiled, "told_where_it_takes_long", lambda: told.append(1) or tells())
+    monkeypatch.setattr(compiled, "PATIENCE", 1e-9)
+    warnings = []
+    monkeypatch.setattr(logging.getLogger("seresnet"), "warning", warnings.append)
+    monkeypatch.setattr(compiled, "_try", lambda found, kind: (unpool(found, np.int32), unpool(found, np.int16)))
+
+    def unpool(found, kind):
+        found.unpool(np.zeros((1, 1, 1, 1), kind), np.zeros((1, 1, 1, 1), np.uint8), np.zeros((1, 2, 2, 1), kind))
+        time.sleep(0.05)    # the timer has a thread of its own
+    found = compiled.passes.__wrapped__()
+    assert len(told) == 3 and len(warnings) == 1
+    for kind, times in ((np.int32, 1), (np.int16, 1), (np.int64, 2), (np.int64, 2)):
+        unpool(found, kind)
+        assert len(warnings) == times
 
 
 def test_what_is_first_compiled_in_a_training_does_without_a_cache_too(tmp_path):

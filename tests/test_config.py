@@ -130,7 +130,8 @@ def test_a_number_that_no_key_takes_is_told_its_bounds(name, value, told):
     ({"model.channels": [1, 2]}, "model.channels: got 2 entries, expected 1 or, as model.blocks has, 3"),
     ({"model.kernels": [4]}, "model.kernels: got an even number"),
     ({"evaluate.split": "holdout", "evaluate.holdout_size": 5001}, "multiple of model.classes"),
-    ({"beton.train": "x", "beton.test": "./x"}, "expected two files"), ({"model.blocks": [1000, 1]}, "got 2,002 convolutions"),
+    ({"beton.train": "x", "beton.test": "./x"}, "expected two files"),
+    ({"sources.kind": "digits", "sources.path": "mine"}, "got mine and digits, which scikit-learn brings along"), ({"model.blocks": [1000, 1]}, "got 2,002 convolutions"),
 ])
 def test_contradictions_are_refused(values, part):
     found = problems(values)

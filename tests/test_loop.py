@@ -749,7 +749,68 @@ def test_auto_knows_a_run_by_its_config_not_by_its_name(betons, tmp_path, monkey
     assert folder == tmp_path / "mine" and json.loads((folder / "report.json").read_text())["recipe"] == "stripes"
     assert "begins anew" not in capsys.readouterr().out
     loop.fit(build(settings, recipe="config"), ["test"])
-    assert f"no unfinished run of this config in {tmp_path}" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+    said = capsys.readouterr().out
+    assert f"no unfinished run of this config in {tmp_path}: this one begins anew\n" in said and len(list(tmp_path.iterdir())) == 2
+
+
+def test_auto_tells_how_the_newest_other_run_differs(betons, tmp_path, monkeypatch, capsys):
+    stopped_run(betons, tmp_path, monkeypatch, run__seed=1)
+    newest = stopped_run(betons, tmp_path, monkeypatch, run__seed=2)
+    os.utime(newest / "last.pt", (2e9, 2e9))
+    (tmp_path / "broken").mkdir()
+    for name in ("last.pt", "config.yaml"):
+        (tmp_path / "broken" / name).write_text("[no config")
+    os.utime(tmp_path / "broken/last.pt", (3e9, 3e9))
+    capsys.readouterr()
+    train(betons, tmp_path, run__resume="auto", run__seed=3, optim__momentum=0.5)
+    said, before = capsys.readouterr().out, build(SMALL).optim.momentum
+    assert f"begins anew (the newest one of another, {newest}, has run.seed 2, not 3, optim.momentum {before}, not 0.5)" in said, said
+    train(betons, tmp_path, run__resume="auto", run__folder=str(tmp_path / "own"))
+    assert f"no unfinished run of this config in {tmp_path / 'own'}: this one begins anew\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", ["all", "log.jsonl"])
+def test_auto_begins_in_the_folder_that_it_left_before_anything_was_saved(betons, tmp_path, monkeypatch, left):
+    """As where a job is killed while its processes find one another, and begun again by its batch system."""
+    folder = tmp_path / "mine"
+    monkeypatch.setattr(loop, "run_epochs", lambda *_: crash())
+    with pytest.raises(Crash):
+        train(betons, tmp_path, run__folder=str(folder), run__resume="auto")
+    monkeypatch.undo()
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "environment.json", "log.jsonl"}
+    if left != "all":
+        for name in ("config.yaml", "environment.json"):
+            (folder / name).unlink()
+    else:
+        with pytest.raises(UserError, match="is not empty"):    # of another config
+            train(betons, tmp_path, run__folder=str(folder), run__resume="auto", run__seed=1)
+    with pytest.raises(UserError, match="is not empty"):
+        train(betons, tmp_path, run__folder=str(folder))
+    train(betons, tmp_path, run__folder=str(folder), run__resume="auto")
+    assert (folder / "report.json").exists() and len(logged(folder)) == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/log.jsonl").write_text("a user's own")
+    with pytest.raises(UserError, match="is not empty"):
+        train(betons, tmp_path, run__folder=str(tmp_path / "other"), run__resume="auto")
+
+
+def test_a_run_goes_on_in_fp16_that_was_none(betons):
+    """As from a GPU with bf16 on one without: its state has no scale of gradients."""
+    config, data, model = loop.prepare(build({**SMALL, **betons}))
+    with loop.open_session(config, torch.device("cpu"), data, model) as session:
+        parts = session.model, session.optimizer, session.generator
+        off, on = (torch.amp.GradScaler("cpu", init_scale=8.0, enabled=enabled) for enabled in (False, True))
+        on.scale(torch.zeros(()))
+        saved = checkpoint.training_state(*parts[:2], off, parts[2])
+        checkpoint.restore_training_state(saved, *parts[:2], on, parts[2])
+        assert saved["scaler"] == {} and on.get_scale() == 8
+        checkpoint.restore_training_state(checkpoint.training_state(*parts[:2], on, parts[2]), *parts[:2], off, parts[2])
+
+
+@pytest.mark.parametrize("flip, tta, said", [("none", "flip", 1), ("none", "none", 0), ("random", "flip", 0)])
+def test_mirrored_views_of_a_net_that_saw_none_are_told(betons, tmp_path, capsys, flip, tta, said):
+    train(betons, tmp_path, augment__flip=flip, evaluate__tta=tta)
+    assert capsys.readouterr().out.count("which this net is not trained on") == said
 
 
 def test_a_training_without_a_recipe_says_that_it_has_none(betons, tmp_path, capsys):

@@ -31,6 +31,30 @@ def test_exit_status_and_message(body, status, text):
     assert (done.returncode, done.stderr) == (status, text)
 
 
+@pytest.mark.parametrize("error", ["UserError('said')", "NonFiniteLoss('said')", "Interrupted('said', 15)"])
+def test_a_progress_bar_that_is_open_ends_before_anything_is_said(error):
+    code = f"""if True:
+        import sys
+        from seresnet import runtime
+        def bar():
+            try:
+                yield
+            finally:
+                print("the bar's end", file=sys.stderr)
+        def main():
+            for _ in bar():
+                raise runtime.{error}
+        runtime.run_program(main)"""
+    assert run_python(code).stderr == "the bar's end\nerror: said\n"
+
+
+def test_several_processes_stop_where_the_system_has_no_alarm(monkeypatch):
+    monkeypatch.delattr(signal, "alarm", raising=False)
+    with runtime.StopRequest(runtime.Launch(rank=1, world=2)) as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+
+
 @pytest.mark.parametrize("world, status", [("1", -signal.SIGABRT), ("2", 0)])
 def test_what_aborts_an_interpreter_on_its_way_out_does_not_fail_one_of_several_processes(world, status):
     done = run_python("import atexit, os; from seresnet import runtime; atexit.register(os.abort); "
