@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from seresnet import beton, config, report, runtime, sources
@@ -16,7 +17,12 @@ from seresnet import beton, config, report, runtime, sources
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--force", action="store_true", help="write again what is up to date")
+    parser.add_argument("--default-source", metavar="PATH", help="what to read where neither recipe nor command line names sources.path or "
+                        "sources.kind [data]")
     settings, own = config.parse(sys.argv[1:], parser)
+    named = config.names_a_source(settings, sys.argv[1:])
+    if own.default_source and not named:
+        settings = replace(settings, sources=replace(settings.sources, path=own.default_source))
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
     source = sources.find_source(**vars(settings.sources), watch=report.watched("reading", " images"))
     print(f"source: {source.describe()}", flush=True)
@@ -33,13 +39,19 @@ def main() -> None:
     if not outdated:
         return
     images = source.read()
-    wanted = settings.model.classes
-    lost = [path for path in targets.values() if wanted not in (0, len(images.classes)) and not own.force and _fits(path, wanted)]
+    wanted, before = settings.model.classes, {} if own.force else {path: found for path in targets.values() if (found := beton.at(path))}
+    lost = [path for path, found in before.items() if wanted not in (0, len(images.classes)) and len(found.classes) == wanted]
     if lost:
         raise sources.MissingError(
             f"{images.source}: has {len(images.classes)} classes ({_some(images.classes)}) and would take the place of {lost[0]}, which has "
             f"the {wanted} of model.classes: name another place with --sources.path, other files with --beton.train and --beton.test, or "
             "give --force")
+    cifar10 = Path(config.Beton.train), Path(config.Beton.test)    # may be written of it in another layout
+    others = [f"{path}, which holds {found.name}" for path, found in before.items()
+              if found.name != images.name and (found.classes != images.classes or path not in cifar10)]
+    if others and not named:
+        raise runtime.UserError(f"{images.source}: is read because no place is named, and would take the place of {others[0]}: name the images with "
+                                "--sources.path, other files with --beton.train and --beton.test, or give --force")
     print(f"classes: {_some(images.classes)}", flush=True)
     for name in outdated:
         started, split = time.perf_counter(), getattr(images, name)
@@ -50,13 +62,6 @@ def main() -> None:
         print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
               f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
               f"read back in {time.perf_counter() - started:.1f} s", flush=True)
-
-
-def _fits(path: Path, classes: int) -> bool:
-    try:
-        return len(beton.open_beton(path).classes) == classes
-    except runtime.UserError:    # not there, or not whole
-        return False
 
 
 def _some(classes: Sequence[str]) -> str:

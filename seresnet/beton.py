@@ -288,6 +288,14 @@ def open_beton(path: Path | str, *, classes: int | None = None, image_size: int 
     return beton
 
 
+def at(path: Path | str) -> Beton | None:
+    """The beton at `path`; None where there is none, or none that is whole."""
+    try:
+        return open_beton(path)
+    except runtime.UserError:
+        return None
+
+
 def is_current(path: Path | str, fingerprint: str) -> bool:
     """Whether a whole beton lies at `path` that was written from the data set with this fingerprint."""
     try:

@@ -439,6 +439,12 @@ def contradictions(c: Config) -> list[str]:
     return found
 
 
+def names_a_source(settings: Config, argv: Sequence[str]) -> bool:
+    """Whether recipe or command line say what to convert. CIFAR-10 from its server is what is taken for want of anything else."""
+    return (settings.sources.path != Sources.path or settings.sources.kind not in (Sources.kind, "download")
+            or any(word.partition("=")[0] == "--sources.path" for word in argv))
+
+
 def read_file(path: str) -> dict[str, object]:
     """The `section.key` values of one YAML file (JSON is YAML). Raises ConfigError, naming the file, where it is none."""
     try:

@@ -26,7 +26,7 @@ from torch import nn    # noqa: E402
 
 from seresnet import beton, pictures, report, shift, sources, trained    # noqa: E402
 from seresnet.augment import normalise    # noqa: E402
-from seresnet.files import FITS    # noqa: E402
+from seresnet.files import FITS, fit_images    # noqa: E402
 from seresnet.loss import Tally, Totals    # noqa: E402
 from seresnet.tta import VIEWS, log_probabilities    # noqa: E402
 
@@ -95,8 +95,8 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> di
 
 def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test", fit: str = "auto") -> tuple[np.ndarray, np.ndarray, str]:
     """Images uint8 (N, H, W, 3), labels int64 (N,), numbers into `net.classes`, and a description: a beton's, or a data set's test
-    split; with the split `all` the whole set, training images and test images. The set may lack classes of the net. fit: of a set, as of
-    inputs.read_unlabelled, or `auto`, as the net's own images were.
+    split; with the split `all` the whole set, training images and test images. The set may lack classes of the net. fit: as of
+    inputs.read_unlabelled, or `auto`: a set as the net's own images were, a beton as it is.
 
     Raises UserError where they do not fit the net's classes and image size.
     """
@@ -106,6 +106,8 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     if path.suffix.lower() == ".beton":
         opened = beton.open_beton(path)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
+        if fit in FITS:
+            images = fit_images(images, net.image_size, fit)
         if _trained_on(net).get("train_sha256") == opened.sha256:
             text += " (which the net was trained on: this tells nothing of other images)"
     else:
@@ -117,9 +119,8 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
     else:
         labels = np.array([net.classes.index(name) for name in classes], np.int64)[labels]
     if images.shape[1:3] != (net.image_size, net.image_size):
-        way_out = f"write them with --sources.image_size {net.image_size}" if path.suffix.lower() == ".beton" else f"give {RESIZED_BY}"
         problems.append(f"--data {path}: has images of {images.shape[2]} x {images.shape[1]} pixels, the net takes {net.image_size} x "
-                        f"{net.image_size}: {way_out}")
+                        f"{net.image_size}: give {RESIZED_BY}")
     if problems:
         raise runtime.UserError(*problems)
     return images, labels, text
@@ -172,7 +173,9 @@ def _holds_what_was_trained_on(source: sources.Source, net: trained.TrainedNet) 
     if name:
         return data.get("set") == name
     recorded = data.get("fingerprint")
-    return isinstance(recorded, str) and recorded.startswith(f"{source.kind}-") and recorded == source.fingerprint()
+    if not isinstance(recorded, str) or not recorded.startswith(f"{source.kind}-"):
+        return False
+    return recorded.rpartition("-")[2] == source.fingerprint().rpartition("-")[2]    # whatever version of the reading it was
 
 
 def _own_folder(folder: Path, place: Path) -> Path:
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="BETON_OR_DIR", help="a beton, or a data set, whose test split is taken")
     parser.add_argument("--split", choices=("test", "all"), default="test", help="of a data set; `all` for one that was not trained on [test]")
     parser.add_argument("--fit", choices=("auto", "none", *FITS), default="auto",
-                        help="bring a data set's images of another size to the net's; auto: as its training images were [auto]")
+                        help="bring images of another size to the net's; auto: a data set's as its training images were [auto]")
     parser.add_argument("--tta", choices=tuple(VIEWS), default="", help="test-time augmentation of all images [as the recipe ends]")
     parser.add_argument("--shift", action="store_true", help="also under six corruptions at five severities: 30 evaluations more")
     parser.add_argument("--batch-size", type=int, default=0, help="images a forward pass [the recipe's evaluate.batch_size]")
@@ -216,23 +219,29 @@ def main() -> None:
                "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
-    if options.shift:
-        outcome["shift"] = measure_shift(net, images, labels, options.tta, options.batch_size)
-        outcome["shift_accuracy"] = float(np.mean([np.mean(values) for values in outcome["shift"].values()]))
-    elif "shift" in earlier and earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]:
+    if "shift" in earlier and earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]:
         outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # of the same net, images and views, to the bit
-    # the files first: whoever reads the tables may stop reading
-    report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
     written = ["evaluation.json"]
-    if draws := runtime.is_installed("matplotlib"):
-        written += _draw(folder, net, outcome, images, labels, probabilities)
-        for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
-            if earlier and was_made and file not in written:    # what an earlier evaluation left; what is a user's own stays
-                (folder / file).unlink(missing_ok=True)
-    for table in _tables(outcome, with_shift=options.shift):
-        report.say("\n" + table)
+    try:    # the files first: whoever reads the tables may stop reading; but these come whatever becomes of the files
+        _write(folder, outcome)
+        if options.shift:
+            found = measure_shift(net, images, labels, options.tta, options.batch_size)
+            outcome |= {"shift": found, "shift_accuracy": float(np.mean([np.mean(values) for values in found.values()]))}
+            _write(folder, outcome)
+        if draws := runtime.is_installed("matplotlib"):
+            written += _draw(folder, net, outcome, images, labels, probabilities)
+            for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
+                if earlier and was_made and file not in written:    # what an earlier evaluation left; what is a user's own stays
+                    (folder / file).unlink(missing_ok=True)
+    finally:
+        for table in _tables(outcome, with_shift=options.shift and "shift" in outcome):
+            report.say("\n" + table)
     report.say(f"\n{folder}: {', '.join(written)}" + (
         "" if draws else "; pictures are drawn with matplotlib, which is not installed: pip install matplotlib"))
+
+
+def _write(folder: Path, outcome: dict) -> None:
+    report.write_text(folder / "evaluation.json", json.dumps(report.strict(outcome), indent=1, allow_nan=False) + "\n")
 
 
 def _draw(folder: Path, net: trained.TrainedNet, outcome: dict, images: np.ndarray, labels: np.ndarray,

@@ -514,10 +514,10 @@ def device_failure_explained(device: torch.device, folder: Path) -> Iterator[Non
 
 def was_left_at_once(path: Path, config: Config) -> bool:
     """Whether a training of this config began in the folder `path`, and ended before it had saved anything."""
-    kept = {file.name for file in path.glob("*")}
-    if kept == {"log.jsonl"}:
-        return not (path / "log.jsonl").stat().st_size
-    return "config.yaml" in kept and not kept & {"report.json", *report.CHECKPOINTS} and is_of(path, config)
+    kept = {file.name for file in path.glob("[!.]*")}    # but files that were being written
+    if "log.jsonl" not in kept or (path / "log.jsonl").stat().st_size:
+        return False
+    return kept == {"log.jsonl"} or not kept & {"report.json", *report.CHECKPOINTS} and is_of(path, config)
 
 
 def begun_before(config: Config, ranks: Ranks) -> tuple[Path | None, str]:

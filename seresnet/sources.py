@@ -46,7 +46,7 @@ class Source:
     kind: one of KINDS, or download or digits. image_size: side to bring images to, 0 to leave them; fit: how (files.FITS).
     test_share: of each class, where the set has no test split. labels: `fine` or `coarse`, where it has both. watch(items, total) ->
     the same items: is shown the pictures that are read one by one. for_training: each class has to have images in both splits; else
-    test images will do, of some of the classes. resized_by: the option that brings images to one size, for messages.
+    some may lack them, and an .npz file training images. resized_by: the option that brings images to one size, for messages.
     """
 
     kind: str
@@ -350,7 +350,8 @@ def _read_folder(source: Source) -> ImageSet:
         raise SourceError(f"{source.path}: train/ has {len(names['train'])} class folders, test/ {len(names['test'])}; "
                           f"only in one of them: {', '.join(alone[:5])}. Both need the same ones")
     empty = [name if split == "all" else f"{split}/{name}" for split, tree in trees.items() for name, files in tree if not files]
-    if empty and source.for_training or not names[first]:
+    judged = [file for _, members in trees.get("test", trees[first]) for file in members]
+    if empty and (source.for_training or not judged) or not names[first]:
         raise SourceError(f"{source.path}: no {', '.join(IMAGE_SUFFIXES)} files in {', '.join(empty[:5]) or 'train/'}: "
                           "every class needs images in both splits")
     read = {}
@@ -361,6 +362,8 @@ def _read_folder(source: Source) -> ImageSet:
         members = [f"{name}/{file.name}" for name, files in trees["all"] for file in files]
         splits = _split_off_test(*read["all"], members, source)
     else:
+        if not len(read["train"][1]):
+            read["train"] = tuple(part[:0] for part in read["test"])
         if read["train"][0].shape[1:] != read["test"][0].shape[1:]:
             raise SourceError(f"{source.path}: train images are {read['train'][0].shape[2]} x {read['train'][0].shape[1]} pixels, "
                               f"test images {read['test'][0].shape[2]} x {read['test'][0].shape[1]}: bring all to one size "

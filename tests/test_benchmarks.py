@@ -409,10 +409,23 @@ def test_a_training_whose_device_fails_goes_on_once(tmp_path, monkeypatch, capfd
                 trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
         else:
             trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
-    goes_on = saved and "exit(2)" not in crash    # with the data that it was called with, where that is not the run's own place
+    goes_on = saved and "exit(2)" not in crash
     assert (tmp_path / "log").read_text().splitlines() == ["--run.folder seed-3", "--run.resume seed-3"][:1 + goes_on]
     assert (folder / "series.json").exists() == (message is None)
     assert ("no device: goes on from the state that was saved last" in capfd.readouterr().err) == goes_on
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="what ends by a signal has another status there")
+def test_a_resumed_training_whose_device_fails_goes_on_with_the_same_data(tmp_path, monkeypatch):
+    (tmp_path / "seed-3").mkdir()
+    (tmp_path / "seed-3/last.pt").touch()
+    (tmp_path / "training.py").write_text("import pathlib, sys\nlog = pathlib.Path('log')\ntold = log.read_text() if log.exists() else ''\n"
+                                          "log.write_text(told + ' '.join(sys.argv[1:]) + '\\n')\nsys.exit(0 if told else 5)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time_to_accuracy, "PROGRAM", "training.py")
+    with time_to_accuracy.Trainings() as trainings:
+        trainings.run(["--run.resume", "seed-3", "--beton.train", "moved"], Path("seed-3"))
+    assert (tmp_path / "log").read_text().splitlines() == ["--run.resume seed-3 --beton.train moved"] * 2
 
 
 def test_what_makes_a_series_another_one(tmp_path, make_split):

@@ -11,7 +11,9 @@ from torch import nn
 from conftest import COLOURS, run_module
 from seresnet import config
 from seresnet.augment import normalise
+from seresnet.beton import write_beton
 from seresnet.evaluate import evaluate, main, measure
+from seresnet.runtime import UserError
 from seresnet.sources import find_source
 from seresnet.tta import VIEWS
 
@@ -162,6 +164,21 @@ def test_who_stops_reading_finds_the_files_nevertheless(run, tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.json", "confusion.png"}
 
 
+@pytest.mark.parametrize("fails", [
+    "seresnet.report.write_text", "seresnet.evaluate.measure_shift", "seresnet.pictures.draw_sheet", "seresnet.pictures.draw_confusion"])
+def test_what_was_found_is_told_though_it_cannot_be_kept(run, tmp_path, monkeypatch, capsys, fails):
+    def full(*_, **__):
+        raise UserError("no space")
+    monkeypatch.setattr(fails, full)
+    if fails.endswith("sheet"):
+        monkeypatch.setattr("numpy.flatnonzero", lambda found: np.arange(3))    # there are mistakes to be drawn
+    monkeypatch.setattr("sys.argv", ["evaluate", "--checkpoint", str(run[0]), "--data", str(run[0].parent / "test.beton"), "--out", str(tmp_path),
+                                     *(["--shift"] if fails.endswith("shift") else [])])
+    with pytest.raises(UserError, match="no space"):
+        main()
+    assert "| true " in capsys.readouterr().out and (tmp_path / "evaluation.json").exists() == (not fails.endswith("text"))
+
+
 @pytest.mark.parametrize("split, kept, told", [("train", "environment", 1), ("train", "report", 1), ("test", "environment", 0)])
 def test_images_that_were_trained_on_are_told_as_such(split, kept, told, run, tmp_path):
     """By a run that was stopped, too, which has no report; and by one of an earlier version, whose report alone said it."""
@@ -190,6 +207,11 @@ def test_a_folder_of_images_of_other_sizes_is_fitted(run, tmp_path):
             Image.open(file).resize((32, 32), 0).save(file) if i == 0 else file.unlink()
     status, _, errors = run_module("evaluate", tmp_path, *keys, "--fit", "none")
     assert status == 2 and "has images of 32 x 32 pixels, the net takes 16 x 16: give --fit resize or --fit crop" in errors
+    beton = find_source(tmp_path / "set", for_training=False).read()
+    write_beton(tmp_path / "large.beton", beton.test, classes=beton.classes, name="large", source="a test", fingerprint="f")
+    for fit, told in (("auto", "give --fit resize or --fit crop"), ("resize", "")):
+        status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "large.beton", "--fit", fit)
+        assert (status == 0) == (not told) and told in errors
     shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluation"))
     (tmp_path / "moved/environment.json").write_text(json.dumps({"data": {"fingerprint": find_source(tmp_path / "set").fingerprint()}}))
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", "moved", *keys[2:], "--fit", "crop")

@@ -781,6 +781,7 @@ def test_auto_begins_in_the_folder_that_it_left_before_anything_was_saved(betons
     if left != "all":
         for name in ("config.yaml", "environment.json"):
             (folder / name).unlink()
+        (folder / ".config.yaml.tmp-1").touch()    # it was being written
     else:
         with pytest.raises(UserError, match="is not empty"):    # of another config
             train(betons, tmp_path, run__folder=str(folder), run__resume="auto", run__seed=1)
@@ -789,6 +790,9 @@ def test_auto_begins_in_the_folder_that_it_left_before_anything_was_saved(betons
     train(betons, tmp_path, run__folder=str(folder), run__resume="auto")
     assert (folder / "report.json").exists() and len(logged(folder)) == 3
     (tmp_path / "other").mkdir()
+    shutil.copy(folder / "config.yaml", tmp_path / "other")    # a recipe of the user's: nothing has begun there
+    with pytest.raises(UserError, match="is not empty"):
+        train(betons, tmp_path, run__folder=str(tmp_path / "other"), run__resume="auto")
     (tmp_path / "other/log.jsonl").write_text("a user's own")
     with pytest.raises(UserError, match="is not empty"):
         train(betons, tmp_path, run__folder=str(tmp_path / "other"), run__resume="auto")

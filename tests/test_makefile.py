@@ -47,7 +47,7 @@ def test_data_at_hand_are_converted_and_trained_on(clone):
 
 def test_a_named_folder_is_used_or_nothing(clone):
     status, _, calls = train(clone, [0, 0], "x.yaml", CIFAR10_DIR="some where")
-    assert status == 0 and calls == ["write_datasets.py --config-file x.yaml --sources.path some where",
+    assert status == 0 and calls == ["write_datasets.py --config-file x.yaml --default-source some where",
                                      "ffcv_train.py --config-file x.yaml"]
     (clone / "calls").unlink()
     status, _, calls = train(clone, [4], "x.yaml", CIFAR10_DIR="nowhere")
@@ -77,34 +77,6 @@ def test_who_names_a_place_or_has_own_images_gets_those_or_an_error(recipe):
     for name, falls_back in (("own_images", False), ("se94", True), ("seed_200", True), ("resnet18", True)):
         assert train(recipe, [4, 0, 0], str(ROOT / f"rn_configs/{name}.yaml"))[0] == (0 if falls_back else 4), name
     assert train(recipe, [4, 0, 0], "x.yaml", "--sources.fit", "crop")[0] == 0
-
-
-def test_cifar10_dir_is_for_those_who_name_nothing_else(recipe):
-    """Who tests with it exported trains on images of their own, too."""
-    own, digits = (str(ROOT / f"rn_configs/{name}.yaml") for name in ("own_images", "digits"))
-    for arguments in ((own, "--sources.path", "my pets"), (own, "--sources.path=pets"), (own,), (digits,), ("x.yaml", "--sources.kind", "folder")):
-        status, _, calls = train(recipe, [0, 0], *arguments, CIFAR10_DIR="cifar")
-        assert status == 0 and [call.split()[0] for call in calls] == ["write_datasets.py", "ffcv_train.py"]
-        assert "cifar" not in " ".join(calls) and all(call.endswith(" ".join(arguments[1:])) for call in calls)
-        (recipe / "calls").unlink()
-    _, _, calls = train(recipe, [0, 0], "x.yaml", "--beton.train", "jpeg.beton", CIFAR10_DIR="cifar")
-    assert calls[0].endswith("--sources.path cifar"), "they are to be written first"
-
-
-@pytest.mark.parametrize("arguments", [
-    ("own.yaml",), ("x.yaml", "--beton.train", "data/own_train.beton", "--beton.test=data/own_test.beton")])
-@pytest.mark.parametrize("environment", [{}, {"CIFAR10_DIR": "cifar"}])
-def test_own_betons_are_not_written_over_where_no_source_is_named(recipe, arguments, environment):
-    (recipe / "own.yaml").write_text("beton:\n  train: data/own_train.beton    # mine\n  test: data/own_test.beton\n")
-    (recipe / "data").mkdir()
-    for split in ("train", "test"):
-        assert train(recipe, [0, 0], *arguments, **environment)[2][0].startswith("write_datasets.py"), "not both are there"
-        (recipe / "calls").unlink()
-        (recipe / f"data/own_{split}.beton").touch()
-    status, output, calls = train(recipe, [0], *arguments, **environment)
-    assert status == 0 and [call.split()[0] for call in calls] == ["ffcv_train.py"] and "data/own_train.beton and data/own_test.beton" in output
-    (recipe / "calls").unlink()
-    assert train(recipe, [0, 0], *arguments, "--sources.path", "pets", **environment)[2][0].endswith("--sources.path pets")
 
 
 def test_what_was_converted_before_is_trained_on(recipe):

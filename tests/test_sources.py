@@ -710,6 +710,16 @@ def test_a_set_that_is_looked_at_needs_fewer_images_than_one_to_train_on(tmp_pat
     assert read["pets"].classes == ("cat", "dog") and [len(s.labels) for s in (read["pets"].train, read["pets"].test)] == [4, 1]
     assert len(read["test.npz"].train.labels) == 0 and read["test.npz"].test.labels.tolist() == labels.tolist()
     assert sorted([*read["whole.npz"].train.labels, *read["whole.npz"].test.labels]) == labels.tolist() and read["whole.npz"].classes == tuple("01234")
+    (tmp_path / "split/train/cat").mkdir(parents=True)
+    (tmp_path / "split/train/dog").mkdir()
+    write_tree(tmp_path / "split", "test", ("cat", "dog"), 3)
+    read = find_source(tmp_path / "split", for_training=False).read()    # training images are elsewhere
+    assert len(read.train.labels) == 0 and read.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    (tmp_path / "split/train").rename(tmp_path / "split/other")
+    (tmp_path / "split/test").rename(tmp_path / "split/train")
+    (tmp_path / "split/other").rename(tmp_path / "split/test")
+    with pytest.raises(SourceError, match="no .png, .jpg, .jpeg files in test/cat, test/dog"):
+        find_source(tmp_path / "split", for_training=False).read()
     np.savez(tmp_path / "none.npz", x_test=images[:0], y_test=labels[:0])
     with pytest.raises(SourceError, match="has 0 labels"):
         find_source(tmp_path / "none.npz", for_training=False).read()

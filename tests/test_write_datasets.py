@@ -1,4 +1,5 @@
 """write_datasets.py as a user runs it: writes, skips, forces, and says what is wrong with exit status 2 or 4."""
+import argparse
 import os
 import subprocess
 import sys
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from seresnet import config
 from seresnet.beton import open_beton, read_images
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +71,40 @@ def test_a_set_of_other_classes_does_not_take_the_place_of_one_that_fits(tree):
     assert (tree / "a/train.beton").read_bytes() == before
     assert convert(tree, *keys, "--model.classes", "2", "--force")[0] == 0 and open_beton(tree / "a/train.beton").classes[-1] == "emu"
     assert convert(tree, *keys)[0] == 0, "up to date"
+
+
+def test_a_set_that_nobody_named_takes_the_place_of_no_other(tree):
+    """As of CIFAR-10 where its folder is exported for the tests, or lies in data/, and somebody trains on images of their own."""
+    own = ("--beton.train", "a/train.beton", "--beton.test", "a/test.beton")
+    cifar = ("--default-source", "data")
+    assert convert(tree, *own, "--sources.path", "pets", *cifar)[0] == 0 and open_beton(tree / "a/train.beton").name == "pets"
+    (tree / "pets").rename(tree / "data")
+    before = (tree / "a/train.beton").read_bytes()
+    for keys in ((), cifar):
+        status, _, errors = convert(tree, *own, *keys)
+        assert status == 2 and "data: is read because no place is named, and would take the place of a/train.beton, which holds pets" in errors
+    assert (tree / "a/train.beton").read_bytes() == before
+    (tree / "a/train.beton").write_bytes(before[:-1])    # which is no set any more: the other still is
+    assert convert(tree, *own)[0] == 2
+    assert convert(tree, *own, "--sources.path", "data")[0] == 0 and open_beton(tree / "a/train.beton").name == "data"
+    (tree / "data").rename(tree / "elsewhere")
+    assert convert(tree, *own, "--default-source", "elsewhere")[0] == 2
+    assert convert(tree, *own, "--default-source", "elsewhere", "--force")[0] == 0 and open_beton(tree / "a/train.beton").name == "elsewhere"
+    status, output, errors = convert(tree, "--default-source", "elsewhere")    # CIFAR-10's own files: of the same classes in another layout
+    assert status == 0, errors
+    (tree / "elsewhere").rename(tree / "again")
+    assert convert(tree, "--default-source", "again")[0] == 0 and open_beton(tree / "data/cifar10_train.beton").name == "again"
+
+
+@pytest.mark.parametrize("keys, named", [
+    (("--sources.path", "data"), True), (("--sources.path=data",), True), (("--sources.kind", "folder"), True), (("--sources.fit", "crop"), False),
+    (("--sources.kind", "download"), False), (("-C", "run.yaml"), False), (("-C", "flow.yaml"), True)])
+def test_who_names_a_source(tmp_path, monkeypatch, keys, named):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.build({}).as_dict()))    # a run folder's: all keys are in it
+    (tmp_path / "flow.yaml").write_text("sources: {path: pets}\n")
+    monkeypatch.chdir(tmp_path)
+    settings, _ = config.parse(list(keys), argparse.ArgumentParser())
+    assert config.names_a_source(settings, keys) == named
 
 
 def test_one_file_for_both_splits_is_refused(tree):
