@@ -219,20 +219,21 @@ def main() -> None:
                "tta": options.tta or net.tta, "seconds": seconds, **{
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}, "classes": list(net.classes),
         "probabilities_sha256": hashlib.sha256(probabilities.tobytes() + labels.tobytes()).hexdigest()}
-    if "shift" in earlier and earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]:
-        outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}    # of the same net, images and views, to the bit
+    same = earlier.get("probabilities_sha256") == outcome["probabilities_sha256"]    # net, images and views, to the bit
+    if same and "shift" in earlier:
+        outcome |= {name: earlier[name] for name in ("shift", "shift_accuracy")}
     written = ["evaluation.json"]
     try:    # the files first: whoever reads the tables may stop reading; but these come whatever becomes of the files
         _write(folder, outcome)
+        for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
+            if earlier and was_made and not same:    # what an earlier evaluation left; what is a user's own stays
+                (folder / file).unlink(missing_ok=True)
         if options.shift:
             found = measure_shift(net, images, labels, options.tta, options.batch_size)
             outcome |= {"shift": found, "shift_accuracy": float(np.mean([np.mean(values) for values in found.values()]))}
             _write(folder, outcome)
         if draws := runtime.is_installed("matplotlib"):
             written += _draw(folder, net, outcome, images, labels, probabilities)
-            for file, was_made in (("mistakes.png", earlier.get("accuracy") != 1), ("shift.png", "shift" in earlier)):
-                if earlier and was_made and file not in written:    # what an earlier evaluation left; what is a user's own stays
-                    (folder / file).unlink(missing_ok=True)
     finally:
         for table in _tables(outcome, with_shift=options.shift and "shift" in outcome):
             report.say("\n" + table)
