@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def export(net: trained.TrainedNet, kind: str, path: Path, tta: str = "none") ->
             torch.export.save(torch.export.export(module, (example,), dynamic_shapes=(batch,)), path)
         else:
             _require("onnx", "onnxscript", "onnxruntime")
-            torch.onnx.export(module, (example,), path, dynamo=True, input_names=["images"], output_names=["probabilities"],
-                              dynamic_shapes=(batch,), opset_version=OPSET, external_data=False, verbose=False)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of torch's own code to itself
+                torch.onnx.export(module, (example,), path, dynamo=True, input_names=["images"], output_names=["probabilities"],
+                                  dynamic_shapes=(batch,), opset_version=OPSET, external_data=False, verbose=False)
 
 
 def open_exported(kind: str, path: Path) -> Callable[[np.ndarray], np.ndarray]:
