@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with, short
-from benchmarks.time_to_accuracy import (OneProgram, Trainings, accuracy_figures, arguments_of, environments_of, names_seed, paid_for_others,
-                                         read_report)
+from benchmarks.time_to_accuracy import (OneProgram, Trainings, accuracy_figures, arguments_of, environments_of, names_seed, of_several_commits,
+                                         paid_for_others, read_report)
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -185,7 +185,7 @@ def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, ru
              "intervals and probabilities: the luck of the seeds alone, on these images, each variant by itself"]
     if failed:
         lines.append(f"{failed} runs failed: their rows are of the rest, and flattered where it is the seed that decides")
-    if len({run["commit"] for run in runs}) > 1 or " then " in runs[0]["commit"]:
+    if of_several_commits(runs):
         lines.append("the runs are of several commits: " + ", ".join(sorted({short(run["commit"]) for run in runs})))
     lines.append("nothing may be chosen by this: the test set has been looked at" if own.on_test else
                  f"the best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, on the test set once "
@@ -216,8 +216,7 @@ def main() -> None:
         keep(own.out, recipe, recipe, {
             "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "failed": failed, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},
-            "config": variants[AS_IT_IS].as_dict(),
-            **environments_of(ended[-1])[-1]})
+            "config": variants[AS_IT_IS].as_dict(), **environments_of(ended[-1])[-1]})
     if failed:
         raise runtime.UserError(*failed)
 

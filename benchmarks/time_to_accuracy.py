@@ -32,6 +32,7 @@ from seresnet import beton, config, report, runtime
 
 PROGRAM = Path(__file__).parents[1] / "ffcv_train.py"
 DIVERGED = 3    # the status of such a training
+THEN = " then "    # between the commits of one run
 CRASHES = (runtime.DeviceFailed.status, *(-number for name in ("SIGSEGV", "SIGABRT", "SIGBUS") if (number := getattr(signal, name, None))))
 WAY_ON = "start this again, it goes on where it was"
 PARTS = ("startup_seconds", "train_seconds", "eval_seconds", "total_seconds")
@@ -65,7 +66,7 @@ class Diverged(runtime.UserError):
 
     def __init__(self, folder: Path, told: str):
         super().__init__(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept; it would diverge again: choose other seeds, or "
-                         f"another learning rate and another --out")
+                         "another learning rate and another --out")
 
 
 class Trainings:
@@ -217,7 +218,7 @@ def read_report(folder: Path) -> dict:
     processor = machine.get("gpu", "a GPU") if outcome["run_device"].startswith("cuda") else machine["processor"]
     noted = json.loads(series.read_text(encoding="utf-8")) if series.exists() else {}
     before, noted = noted.get("before_in_program"), {} if outcome["resumed"] else noted
-    commits = " then ".join(dict.fromkeys(str(piece["commit"]) for piece in pieces))
+    commits = THEN.join(dict.fromkeys(str(piece["commit"]) for piece in pieces))
     return {**outcome, "commit": commits, "machine": f"{processor} ({machine['cores']} cores)",
             "before_in_program": before, "seconds": noted.get("seconds") if noted.get("jobs", 1) == 1 else None}
 
@@ -228,6 +229,11 @@ def environments_of(folder: Path) -> list[dict]:
     begun = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     pieces = [{**begun, **piece} for piece in ({}, *begun.get("resumed", []))]
     return [{name: piece[name] for name in ("machine", "versions", "commit")} for piece in pieces if "machine" in piece]
+
+
+def of_several_commits(runs: Sequence[dict]) -> bool:
+    """Whether what was trained differs in more than its seed: between the runs, or within one."""
+    return len({run["commit"] for run in runs}) > 1 or any(THEN in run["commit"] for run in runs)
 
 
 def paid_for_others(run: dict) -> bool:
@@ -287,7 +293,7 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
                       f"{figures['interval_low']:.3%} to {figures['interval_high']:.3%}")
     if figures["probability_below_target"] is not None:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
-    if len({run["commit"] for run in runs}) > 1 or " then " in runs[0]["commit"]:
+    if of_several_commits(runs):
         lines.append("the runs are of several commits: " + ", ".join(f"seed {run['seed']} of {short(run['commit'])}" for run in runs))
     if any(run["before_in_program"] for run in runs):
         lines.append("several in one program, which pays for its start in the first, whose times the medians leave out: seed "

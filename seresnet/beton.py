@@ -288,20 +288,18 @@ def open_beton(path: Path | str, *, classes: int | None = None, image_size: int 
     return beton
 
 
-def at(path: Path | str) -> Beton | None:
-    """The beton at `path`; None where there is none, or none that is whole."""
+def at(path: Path | str, verify: str = "quick") -> Beton | None:
+    """The beton at `path`; None where there is none, or none that is whole. verify: as of open_beton."""
     try:
-        return open_beton(path)
-    except runtime.UserError:
+        return open_beton(path, verify=verify)
+    except BetonError:
         return None
 
 
 def is_current(path: Path | str, fingerprint: str) -> bool:
     """Whether a whole beton lies at `path` that was written from the data set with this fingerprint."""
-    try:
-        return open_beton(path, verify="full").fingerprint == fingerprint
-    except BetonError:
-        return False
+    found = at(path, "full")
+    return found is not None and found.fingerprint == fingerprint
 
 
 def read_images(beton: Beton, samples: np.ndarray | None = None) -> np.ndarray:
