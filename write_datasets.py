@@ -21,7 +21,7 @@ def main() -> None:
                         "sources.kind [data]")
     settings, own = config.parse(sys.argv[1:], parser)
     named = config.names_a_source(settings, sys.argv[1:])
-    if own.default_source and not named:
+    if own.default_source and not named and settings.sources.kind != "download":
         settings = replace(settings, sources=replace(settings.sources, path=own.default_source))
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
     source = sources.find_source(**vars(settings.sources), watch=report.watched("reading", " images"))

@@ -1,4 +1,5 @@
 """Benchmarks of the project; each prints one table and, where asked to, keeps what it measured as JSON."""
+import argparse
 import json
 import re
 import sys
@@ -21,6 +22,15 @@ def device_of(settings):
     device = runtime.pick_device(settings.run.device)
     runtime.set_threads(settings.run.threads)
     return device
+
+
+def out_folder(name: str) -> str:
+    """An argument that names the folder to keep results in: it is made now, since what is measured may take an hour."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name}: cannot be created ({error.strerror})") from error
+    return name
 
 
 def keep(folder: str | None, name: str, recipe: str, result: dict) -> None:

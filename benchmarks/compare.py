@@ -25,6 +25,7 @@ from benchmarks.time_to_accuracy import (OneProgram, Trainings, accuracy_figures
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
+UNLIKE = "seconds of training are not to be compared where runs were "
 NAME_LENGTH = 150
 COMPARED = ("augment", "model", "loss", "optim", "loop", "loader", "run", "evaluate")    # sections that a training depends on
 OF_THE_PROGRAM = {"run.threads", "run.tune_allocator", "run.compile", "run.device"}
@@ -187,6 +188,10 @@ def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, ru
         lines.append(f"{failed} runs failed: their rows are of the rest, and flattered where it is the seed that decides")
     if of_several_commits(runs):
         lines.append("the runs are of several commits: " + ", ".join(sorted({short(run["commit"]) for run in runs})))
+    if len(machines := sorted({run["machine"] for run in runs})) > 1:
+        lines.append(f"{UNLIKE}on several machines: {', '.join(machines)}")
+    if len({run["before_in_program"] is None for run in runs}) > 1:
+        lines.append(f"{UNLIKE}in programs of their own, and in one that was warm (--one-program)")
     lines.append("nothing may be chosen by this: the test set has been looked at" if own.on_test else
                  f"the best of {len(variants)} is flattered by being chosen: measure it again, on fresh seeds, on the test set once "
                  "(benchmarks.time_to_accuracy)")
@@ -212,7 +217,7 @@ def main() -> None:
         every = [run for found in runs.values() for run in found.values()]
         print(f"\n{table(rows)}\n{explained(variants, own, every, len(failed))}")
         names = ("seed", "accuracy", "accuracy_tta", "last_training_accuracy", "train_seconds", "eval_seconds", "seconds", "before_in_program",
-                 "resumed", "commit")
+                 "resumed", "commit", "machine")
         keep(own.out, recipe, recipe, {
             "split": "test" if own.on_test else "holdout", "evaluated": every[0]["evaluated"], "jobs": own.jobs, "failed": failed, "rows": rows,
             "runs": {name: [{key: run[key] for key in names} for run in found.values()] for name, found in runs.items()},

@@ -10,7 +10,7 @@ import argparse
 import statistics
 import time
 
-from benchmarks import keep
+from benchmarks import keep, out_folder
 from seresnet import report, runtime
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1000, help="images (default 1000)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, in turns (default 7)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="number format (default bf16)")
-    parser.add_argument("--out", help="folder for convolutions.json")
+    parser.add_argument("--out", type=out_folder, help="folder for convolutions.json")
     own = parser.parse_args()
     runtime.tune_allocator()
     from seresnet import compiled, conv    # which load torch, and that has to come after the allocator's restart

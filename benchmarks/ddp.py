@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import keep
+from benchmarks import keep, out_folder
 from seresnet import config, runtime
 
 # Published figures, for the estimate alone. bytes/s a GPU in one direction.
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="launches of each contender, in turn (default 3); 0 to reckon only")
     parser.add_argument("--steps", type=int, default=8, help="steps a launch, after two to warm up (default 8)")
     parser.add_argument("--processes", type=int, default=2, help="processes of the launches with several (default 2)")
-    parser.add_argument("--out", help="folder for ddp.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for ddp.json; none is written without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
     for name, least in (("rounds", 0), ("steps", 1), ("processes", 2)):

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import sys
 
-from benchmarks import device_of, keep
+from benchmarks import device_of, keep, out_folder
 from seresnet import config, runtime
 
 LANES = ("data_wait", "augmentation", "forward", "backward", "optimizer", "rest", "evaluation")
@@ -135,7 +135,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=3, help="epochs to time (default 3)")
-    parser.add_argument("--out", help="folder for epochs.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for epochs.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
     if not 1 <= own.epochs <= settings.loop.epochs:
         raise runtime.UserError(f"--epochs: got {own.epochs}, expected 1 to loop.epochs = {settings.loop.epochs}")

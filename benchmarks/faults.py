@@ -13,7 +13,7 @@ import tempfile
 import xml.etree.ElementTree
 from pathlib import Path
 
-from benchmarks import keep
+from benchmarks import keep, out_folder
 from seresnet import runtime
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def run(quick: bool, files: list[str]) -> list[tuple[str, str, str, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="leave out the tests of minutes")
-    parser.add_argument("--out", help="folder for faults.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for faults.json; none is written without it")
     own = parser.parse_args(sys.argv[1:])
     files = sorted({file for hazard in HAZARDS.values() for file in hazard})
     cases, rows = run(own.quick, files), []

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import keep, own_memory, problems_with
+from benchmarks import keep, out_folder, own_memory, problems_with
 from seresnet import config, runtime
 
 SIDE, CLASSES = 64, ("a", "b", "c", "d")
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="how many read (default 2)")
     parser.add_argument("--batches", type=int, default=400, help="batches of each case of the loader alone (default 400)")
     parser.add_argument("--steps", type=int, default=20, help="steps of each training (default 20)")
-    parser.add_argument("--out", help="folder for large.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for large.json; none is written without it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     settings, own = config.parse(sys.argv[1:], parser)
     problems = problems_with(own, processes=1, batches=4, steps=1)

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-from benchmarks import device_of, keep, problems_with
+from benchmarks import device_of, keep, out_folder, problems_with
 from seresnet import config, report, runtime
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaMemsetAsync",
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="steps timed together (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="times of each way, in turns (default 5)")
-    parser.add_argument("--out", help="folder for launches.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for launches.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
     problems = problems_with(own, steps=1, rounds=1)
     if problems:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from benchmarks import keep
+from benchmarks import device_of, keep, out_folder
 from seresnet import config, runtime
 
 WORKERS = 2    # of the DataLoader and of FFCV's example, which leave the augmentation to the CPU
@@ -76,6 +76,20 @@ def ours(beton, settings, mode: str, augmented: bool, device, dtype):
     return Contender(f"ours, {mode}: {what}", open_passes)
 
 
+class Images:
+    """A data set as torch's DataLoader takes one. Not inside a function: where worker processes are not forked, it is pickled."""
+
+    def __init__(self, images, labels, steps):
+        self._images, self._labels, self._steps = images, labels, steps
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, i):
+        from PIL import Image
+        return self._steps(Image.fromarray(self._images[i])), int(self._labels[i])
+
+
 def torchvision_loader(beton, settings, device):
     """The usual script: PIL images, torchvision's transforms, a DataLoader with worker processes; float32."""
     def open_passes():
@@ -91,14 +105,7 @@ def torchvision_loader(beton, settings, device):
             transforms.RandomCrop(beton.height, padding=shift, padding_mode=mode), transforms.RandomHorizontalFlip(),
             transforms.ToTensor(), transforms.Normalize([v / 255 for v in beton.mean], [v / 255 for v in beton.std])])
 
-        class Images(torch.utils.data.Dataset):
-            def __len__(self):
-                return len(images)
-
-            def __getitem__(self, i):
-                return steps(Image.fromarray(images[i])), int(beton.labels[i])
-
-        loader = torch.utils.data.DataLoader(Images(), settings.loader.batch_size, shuffle=True, num_workers=WORKERS,
+        loader = torch.utils.data.DataLoader(Images(images, beton.labels, steps), settings.loader.batch_size, shuffle=True, num_workers=WORKERS,
                                              persistent_workers=True, pin_memory=device.type == "cuda")
 
         def one_pass(epoch):
@@ -151,15 +158,13 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="passes of each contender (default 5)")
-    parser.add_argument("--out", help="folder for loader.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for loader.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
     if own.rounds < 1:
         raise runtime.UserError(f"--rounds: got {own.rounds}, expected at least 1")
-    if settings.run.tune_allocator:
-        runtime.tune_allocator(settings.run.device)
+    device = device_of(settings)    # it may start the program again: before torch is imported
 
     from seresnet.beton import open_beton
-    device = runtime.pick_device(settings.run.device)
     dtype = runtime.pick_dtype(settings.run.precision, device)
     beton = open_beton(settings.beton.train)
     contenders = [*(ours(beton, settings, mode, augmented, device, dtype)

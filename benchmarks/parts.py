@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from unittest import mock
 
-from benchmarks import device_of, keep, problems_with
+from benchmarks import device_of, keep, out_folder, problems_with
 from seresnet import config, report, runtime
 
 WAYS = ("torch's own layers", "convolutions of its own", "and compiled max-pooling", "and normalisation in few passes")
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=0, help="side of the images, pixels (default: the recipe's)")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each way, in turns (default 9)")
     parser.add_argument("--evaluation", action="store_true", help="forwards alone, with the running statistics")
-    parser.add_argument("--out", help="folder for parts.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for parts.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
     problems = problems_with(own, rounds=1, side=0)
     if problems:

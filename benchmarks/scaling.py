@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import keep, own_memory
+from benchmarks import keep, out_folder, own_memory
 from seresnet import config, report, runtime
 
 AXES = {"batch": (64, 128, 256, 512, 1024, 2048, 4096), "side": (32, 64, 96), "images": (1, 2, 4, 8), "cores": (1, 2)}
@@ -41,8 +41,8 @@ def noise_betons(folder: Path, images: int, side: int, classes: int) -> dict[str
     from seresnet.beton import write_beton
     from seresnet.imageset import Split
     names = [str(c) for c in range(classes)]
-    for name, count in (("train", images), ("test", classes)):
-        rng = np.random.default_rng(0)
+    for seed, (name, count) in enumerate((("train", images), ("test", classes))):
+        rng = np.random.default_rng(seed)
         split = Split(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), np.arange(count, dtype=np.int64) % classes)
         write_beton(folder / f"{name}.beton", split, classes=names, name="noise", source="benchmarks.scaling", fingerprint="-")
     return {name: str(folder / f"{name}.beton") for name in ("train", "test")}
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="to time a cell for (default 5)")
     parser.add_argument("--set", type=int, default=12_500, help="images of the set that is 1 time the images (default 12500)")
     parser.add_argument("--most", type=int, default=0, help="leave out cells above this value (default none)")
-    parser.add_argument("--out", help="folder for scaling.json and scaling.png; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for scaling.json and scaling.png; none is written without it")
     parser.add_argument("--cell", help=argparse.SUPPRESS)    # axis=value: the process of one cell
     settings, own = config.parse(sys.argv[1:], parser)
     if own.cell:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import keep
+from benchmarks import keep, out_folder
 from seresnet import config, runtime
 
 COUNTED = {"memory_mib": "memory, MiB", "threads": "threads", "files": "open files", "segments": "shared-memory segments"}
@@ -133,7 +133,7 @@ def table(name: str, parts: list[dict[str, dict[str, float]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="how long, both halves together (default 60)")
-    parser.add_argument("--out", help="folder for soak.json; none is written without it")
+    parser.add_argument("--out", type=out_folder, help="folder for soak.json; none is written without it")
     settings, own = config.parse(sys.argv[1:], parser)
     if not own.minutes > 0:
         raise runtime.UserError(f"--minutes: got {own.minutes}, expected more than 0")

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -247,32 +247,33 @@ def timed(runs: Sequence[dict]) -> list[dict]:
 
 
 def refuse_another(settings: config.Config, seed: int, folder: Path) -> None:
-    """Raise UserError where the run in `folder` is not one of these settings and this seed."""
+    """Raise UserError where the run in `folder` is not one of these settings and this seed, or of other images than now lie there."""
     wanted = dataclasses.replace(settings, run=dataclasses.replace(settings.run, seed=seed))
     try:
         found = [change for change in config.changes(config.read_file(str(folder / "config.yaml")), wanted) if _counts(*change)]
     except config.ConfigError as error:
         raise runtime.UserError(f"{folder}: is no whole run folder ({error}): remove it, or choose another --out") from error
-    if found:
-        raise runtime.UserError(*(f"{folder}: {name}: {there} there, {here} here: choose another --out, or remove it"
-                                  for name, there, here in found))
+    problems = [f"{folder}: {name}: {there} there, {here} here: choose another --out, or remove it" for name, there, here in found]
+    problems += [f"{folder}: beton.{split}: {path} holds other images than this run had: choose another --out, or remove it"
+                 for split, path in _other_images(settings, folder)]
+    if problems:
+        raise runtime.UserError(*problems)
 
 
 def _counts(name: str, there: object, here: object) -> bool:
     """Whether runs that differ in this are not of one series: in all but where things lie, and how a run is reported."""
-    if name in ("beton.train", "beton.test"):
-        return not _same_beton(Path(str(there)), Path(str(here)))
     return name not in ("run.folder", "run.resume") and name.partition(".")[0] not in ("sources", "beton", "report")
 
 
-def _same_beton(there: Path, here: Path) -> bool:
-    """Whether two paths are one, or hold the same bytes by their sidecars; of one that is gone, a copy has its name at least."""
-    if there.absolute() == here.absolute():
-        return True
-    try:
-        return beton.open_beton(there).sha256 == beton.open_beton(here).sha256
-    except runtime.UserError:
-        return there.name == here.name and not (there.exists() and here.exists())
+def _other_images(settings: config.Config, folder: Path) -> Iterator[tuple[str, str]]:
+    """The splits, with their paths, whose beton has other bytes by its sidecar than the run in `folder` was trained or evaluated on. One
+    that is gone, perhaps after a series has ended, tells nothing."""
+    said = report.read_json(folder / "environment.json").get("data", {})
+    for split in ("train", "test") if settings.evaluate.split == "test" else ("train",):
+        path = getattr(settings.beton, split)
+        found = beton.at(path)
+        if found is not None and said.get(f"{split}_sha256", found.sha256) != found.sha256:
+            yield split, path
 
 
 def names_seed(argv: Sequence[str]) -> bool:

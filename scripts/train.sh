@@ -11,19 +11,33 @@ shift
 
 convert() { "$python" write_datasets.py --config-file "$config" "$@"; }
 
+own_recipe() { grep -qs '^ *train: .*\.beton' "$config" && ! grep -q cifar10_train.beton "$config"; }    # without: the default, CIFAR-10
+
 own_data() {
     case " $* " in *" --sources.path"* | *" --sources.kind"*) return 0 ;; esac
-    grep -q '^ *train: .*\.beton' "$config" && ! grep -q cifar10_train.beton "$config"    # without: the default, CIFAR-10
+    own_recipe
 }
 
-if [ -n "${CIFAR10_DIR:-}" ]; then
+given() {    # given --KEY DEFAULT ARGUMENT...: the value of the key among the arguments
+    key=$1 value=$2 before=
+    shift 2
+    for word; do
+        case $word in "$key="*) value=${word#*=} ;; esac
+        [ "$before" != "$key" ] || value=$word
+        before=$word
+    done
+    printf '%s\n' "$value"
+}
+
+if [ -n "${CIFAR10_DIR:-}" ] && ! own_recipe; then
     convert "$@" --default-source "$CIFAR10_DIR" || exit
 else
     status=0
     convert "$@" || status=$?
     if [ $status = 4 ] && own_data "$@"; then exit 4; fi
-    if [ $status = 4 ] && [ -f data/cifar10_train.beton ] && [ -f data/cifar10_test.beton ]; then
-        echo "What was converted before is there: data/cifar10_train.beton and data/cifar10_test.beton."
+    train=$(given --beton.train data/cifar10_train.beton "$@") test=$(given --beton.test data/cifar10_test.beton "$@")
+    if [ $status = 4 ] && [ -f "$train" ] && [ -f "$test" ]; then
+        echo "What was converted before is there: $train and $test."
         status=0
     fi
     if [ $status = 4 ]; then

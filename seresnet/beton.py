@@ -105,26 +105,36 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
     """
     path = Path(path)
     images = np.ascontiguousarray(split.images)
-    _check_writable(path, 0)    # before anything is encoded
-    contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
-    _check_writable(path, images.nbytes if storage == "raw" else sum(map(len, contents)))
+    with _alone(path):    # before what others left is cleared away: of another machine's process it cannot be told whether it is at work
+        _check_writable(path, 0)    # before anything is encoded
+        contents = images.reshape(len(images), -1) if storage == "raw" else [_encode_jpeg(image, jpeg_quality) for image in images]
+        _check_writable(path, images.nbytes if storage == "raw" else sum(map(len, contents)))
+        _write(path, contents, storage, images, split.labels, progress, {
+            "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "how": how or {}, "classes": list(classes)})
+    return open_beton(path)
+
+
+def _write(path: Path, contents: Sequence[np.ndarray], storage: str, images: np.ndarray, labels: np.ndarray, progress: Callable[[int], None],
+           told: dict) -> None:
+    """Write `contents`, which are `images` as they are stored, and a sidecar of what is `told` and what is found. As write_beton."""
+    beside = sidecar_path(path).resolve()    # where it is a link, that stays
+    before = (file_identity(path), beside.read_bytes()) if path.is_file() and beside.is_file() else None
     try:
         # Two files cannot be renamed at once; the beton is first. Without a sidecar a beton is not used, so at no moment do an
         # old and a new one stand side by side.
-        with _alone(path), runtime.whole_file(sidecar_path(path)) as note, runtime.whole_file(path) as temporary:
-            _write_samples(temporary, contents, split.labels, images.shape[1:3], storage, progress)
+        with runtime.whole_file(beside) as note, runtime.whole_file(path) as temporary:
+            _write_samples(temporary, contents, labels, images.shape[1:3], storage, progress)
             layout, size = _read_layout(temporary)
             sidecar = {
-                "format": FORMAT, "name": name, "source": source, "fingerprint": fingerprint, "how": how or {}, "classes": list(classes),
-                "samples": len(images), "height": images.shape[1], "width": images.shape[2],
-                "class_counts": np.bincount(split.labels, minlength=len(classes)).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
+                **told, "samples": len(images), "height": images.shape[1], "width": images.shape[2],
+                "class_counts": np.bincount(labels, minlength=len(told["classes"])).tolist(), "mean": [0.0] * 3, "std": [1.0] * 3,
                 "bytes": size, "sha256": _sha256(temporary), "layout_sha256": layout.sha256,
                 "versions": runtime.describe_versions(),
                 "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
             written = _beton(temporary, layout, sidecar)
             same = _holds(written, images) if storage == "raw" else all(
                 np.array_equal(_region(temporary, layout, i), content) for i, content in enumerate(contents))
-            if not same or not np.array_equal(written.labels, split.labels):
+            if not same or not np.array_equal(written.labels, labels):
                 raise BetonError(f"{path}: does not read back as it was written (a full disk, or one that fails): the file "
                                  "that was there before is untouched")
             stored = [images] if storage == "raw" else read_in_parts(written)
@@ -134,11 +144,13 @@ def write_beton(path: Path | str, split: Split, *, classes: tuple[str, ...], nam
                 runtime.sync(file)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            sidecar_path(path).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     except OSError as error:
+        with suppress(OSError):    # Windows keeps a file that is being read: the old one has its sidecar again
+            if before is not None and not beside.exists() and file_identity(path) == before[0]:
+                beside.write_bytes(before[1])
         raise BetonError(f"{path}: cannot be written ({error.strerror}): free space there, or choose another place with "
                          "--beton.train and --beton.test") from error
-    return open_beton(path)
 
 
 def _holds(written: Beton, images: np.ndarray) -> bool:
@@ -152,13 +164,9 @@ def _holds(written: Beton, images: np.ndarray) -> bool:
 
 
 def _check_writable(path: Path, size: int) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _place_explained(path):
         runtime.remove_abandoned(path.parent, glob.escape(path.name))    # before the room is measured
         free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise BetonError(f"{path}: cannot be written ({error.strerror}): choose another place with --beton.train and "
-                         "--beton.test") from error
     needed = int(size * 1.02) + (16 << 20)    # pages that are not quite full, table, the last page
     if free < needed:
         raise BetonError(f"{path}: needs {needed >> 20} MiB, {free >> 20} MiB are free: free space there, or choose "
@@ -166,11 +174,24 @@ def _check_writable(path: Path, size: int) -> None:
 
 
 @contextmanager
+def _place_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be written ({error.strerror}): choose another place with --beton.train and "
+                         "--beton.test") from error
+
+
+@contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keep other converters from `path` while the block runs. Raises BetonError where one is at work on it."""
+    """Make sure that there is a folder for `path`, and keep other converters from it while the block runs. Raises BetonError where
+    there cannot be one, or another is at work on it."""
     place = path.with_name(f".{path.name}.lock")
     while True:
-        with open(place, "ab") as file:
+        with _place_explained(path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = open(place, "ab")
+        with file:
             if not runtime.lock(file):
                 raise BetonError(f"{path}: another process is writing this file: wait for it, or choose another place with "
                                  "--beton.train and --beton.test")
@@ -357,6 +378,8 @@ def mismatch(train: Beton, test: Beton) -> list[str]:
         differing = next(((a, b) for a, b in zip(train.classes, test.classes) if a != b), (len(train.classes), len(test.classes)))
         return [f"{train.path} and {test.path}: have other classes ({differing[0]!r} and {differing[1]!r}): name the two splits of one set "
                 "with --beton.train and --beton.test"]
+    if train.sha256 == test.sha256:
+        return [f"{train.path} and {test.path}: hold the same images: name the two splits of a set with --beton.train and --beton.test"]
     content = [beton.fingerprint.partition("/")[0] for beton in (train, test)]
     if train.source == test.source and content[0] != content[1]:
         return [f"{train.path} and {test.path}: were both written from {train.source}, but what was there, or how it was read, has changed in "

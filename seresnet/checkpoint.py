@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import IO
@@ -76,6 +77,10 @@ def _read(file: IO[bytes], path: Path | str) -> dict:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:    # torch and pickle raise a dozen kinds for files that are no checkpoint
+        if runtime.is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):    # a disk's; the others are of places that are not in the file
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}): try again, or give another") from error
         raise CheckpointError(f"{path}: is damaged or no checkpoint of ours ({type(error).__name__}): give another, or "
                               "train again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -92,6 +97,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
     generators = {"augmentation": generator.get_state(), "torch": torch.get_rng_state()}
     if generator.device.type == "cuda":
         generators["cuda"] = torch.cuda.get_rng_state(generator.device)
+    elif generator.device.type == "mps":
+        generators["mps"] = torch.mps.get_rng_state()
     # The optimizer's groups follow from config and net: they are built anew, not read.
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(),
             "generators": generators, "average": average.state_dict() if average else None}
@@ -114,7 +121,11 @@ def restore_training_state(state: dict, model: nn.Module, optimizer: torch.optim
         torch.set_rng_state(state["generators"]["torch"])
         if generator.device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], generator.device)
+        elif generator.device.type == "mps" and "mps" in state["generators"]:    # earlier versions kept none
+            torch.mps.set_rng_state(state["generators"]["mps"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if runtime.is_out_of_memory(error):
+            raise
         raise CheckpointError(f"the checkpoint does not fit this net and machine ({' '.join(str(error).split())[:200]}): "
                               "resume with the version and the kind of device that wrote it") from error
 

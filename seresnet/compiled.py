@@ -86,6 +86,14 @@ def set_up_numba() -> None:
         numba.config.CPU_FEATURES = numba.core.codegen.get_host_cpu_features() + ",-prefer-256-bit"
 
 
+def share_threads() -> None:
+    """Give numba as many threads as torch has; it starts them where it has none yet."""
+    import numba
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
+
+
 @cache
 def passes() -> SimpleNamespace | None:
     """The passes of seresnet/kernels.py by name, in as many threads as torch has, ready to run. None where numba is missing or does not
@@ -99,6 +107,9 @@ def passes() -> SimpleNamespace | None:
         if numba.config.DISABLE_JIT:
             return None
         set_up_numba()
+        share_threads()    # before anything is compiled for them it is known which kind they are
+        if numba.threading_layer() not in ("omp", "tbb"):
+            return None
         from seresnet import kernels
     except Exception:    # not there, or broken, in whatever way: torch can do all that is done here
         return None
@@ -113,9 +124,7 @@ def passes() -> SimpleNamespace | None:
             nonlocal passing
             arrays = [_array(value) if isinstance(value, torch.Tensor) else tuple(value) if isinstance(value, tuple) else value
                       for value in arguments]    # for a named tuple numba would compile anew
-            threads = torch.get_num_threads()
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            torch.set_num_threads(threads)    # numba's OpenMP, started first, sets the number that is torch's, too
+            share_threads()
             kinds = tuple((value.dtype, value.ndim) if isinstance(value, np.ndarray) else type(value) for value in arrays)
             with nullcontext() if kinds in compiled_for else told_where_it_takes_long():
                 try:
@@ -134,7 +143,7 @@ def passes() -> SimpleNamespace | None:
     try:
         with told_where_it_takes_long():
             _try(found, np.int16 if has_bf16() else np.int32)
-        return found if numba.threading_layer() in ("omp", "tbb") else None
+        return found
     except Exception:    # numba raises what a setting of its own leads it to
         return None
 

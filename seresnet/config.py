@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
@@ -434,7 +435,7 @@ def contradictions(c: Config) -> list[str]:
     if c.sources.kind == "digits" and c.sources.path != Sources.path:
         found.append(f"sources.path, sources.kind: got {c.sources.path} and digits, which scikit-learn brings along: leave the path out, "
                      "or read what lies there with another recipe, or --sources.kind auto")
-    if Path(c.beton.train) == Path(c.beton.test):
+    if os.path.realpath(c.beton.train) == os.path.realpath(c.beton.test):
         found.append(f"beton.train, beton.test: both are {c.beton.train}, expected two files")
     return found
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -95,7 +95,7 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
         if fewest < (config.loader.batch_size if config.loader.drop_last else 1):
             problems.append(f"loop.hardest: got {min(config.loop.hardest)}, which leaves {max(0, fewest)} images and no batch of "
                             f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches")
-    if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples - held)):
+    if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples - held, of.world)):
         problems.append(alone)
     if problems:
         raise runtime.UserError(*problems)
@@ -105,16 +105,19 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     return config, Data(betons["train"], betons["train"], kept, held), model
 
 
-def _batch_of_one(config: Config, model: SEResNet, images: int) -> str:
-    """What is wrong where a batch of the training `images`, or the part of it that is ascended from, has one image and the last stage
-    one pixel: there is no deviation of one number. '' where nothing is."""
+def _batch_of_one(config: Config, model: SEResNet, images: int, processes: int) -> str:
+    """What is wrong where a batch of the training `images`, the part of it that is ascended from, or a process's share of it that is
+    normalised by itself, has one image and the last stage one pixel: there is no deviation of one number. '' where nothing is."""
     size, share = config.loader.batch_size, config.optim.sam_share if config.optim.sam_radius else 1
     parts = {stepwise(config.loop.hardest, epoch, config.loop.epochs, 1) for epoch in range(config.loop.epochs)}
     lasts = set() if config.loader.drop_last else {round(images * part) % size for part in parts}
     few = min(count for count in {size, *lasts} if count)
+    if not config.loop.sync_norm:
+        few = few // processes or 1    # fewer images than processes: one in some, none in the others
     if math.ceil(share * few) > 1 or model.last_side(min(config.augment.sides, default=config.model.image_size)) > 1:
         return ""
-    return (f"loader.batch_size: got {size}, which leaves one image to a batch, and the last stage one pixel of it, too little to normalise: "
+    alone = "a batch" if processes == 1 or config.loop.sync_norm else f"one of {processes} processes (loop.sync_norm: false)"
+    return (f"loader.batch_size: got {size}, which leaves one image to {alone}, and the last stage one pixel of it, too little to normalise: "
             "give loader.drop_last true, another size, or fewer stages")
 
 
@@ -413,7 +416,7 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
     for package in ("tensorboard", "wandb"):
         if getattr(config.report, package):
             report.require(package)
-    with join(of, device) as ranks:
+    with join(of, device) as ranks, ExitStack() as opened:
         begun, stage = begun_before(config, ranks)
         if stage == "report.json":
             report.say(f"{begun} was finished before the launcher started this again: nothing is left to do")
@@ -424,15 +427,20 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
             config = replace(config, run=replace(config.run, resume=str(begun), folder=""))
         with ranks.together():
             config, data, model = prepare(config, of)
+            arithmetic = f"{device.type}, {runtime.pick_dtype(config.run.precision, device)}"
         ranks.check_same("config or data", fingerprint(config, data))
+        ranks.check_same("kind of device or number format", number_of(arithmetic), "give --run.device and --run.precision that all have")
         with ranks.together():
             folder, state = open_resumed(config, data) if ranks.main else (None, None)
+            if folder:
+                opened.callback(folder.close)    # until the training itself does, and other trainings of this program find it locked
         state = checkpoint.unpack(ranks.broadcast(checkpoint.pack(state))) if ranks.world > 1 else state
         if state is not None:
             config = replace(config, recipe=state["recipe"])
-        with ranks.together(), memory_explained(config, device):
+        explained = partial(memory_explained, config, device, of.world, state is not None)
+        with ranks.together(), explained():
             session = open_session(config, device, data, model, ranks, program)
-        with session, memory_explained(config, device):
+        with session, explained():
             environment = {"command": list(command), "commit": runtime.git_commit(), "versions": runtime.describe_versions(),
                            "machine": runtime.describe_machine(), "recipe": config.recipe, "seed": config.run.seed, "data": described(data),
                            "processes": of.world, "job": of.job}
@@ -440,6 +448,7 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                 if state is None and ranks.main:
                     folder = report.open_run_folder(begun) if begun else report.create_run_folder(
                         config.report.folder, config.recipe, config.run.folder)
+                    opened.callback(folder.close)
                     if config.run.resume == "auto" and not begun:
                         report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
                                    "this one begins anew" + ("" if config.run.folder else newest_unlike(config)))
@@ -471,6 +480,7 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                             folder.abandon()
                         raise
             path = Path(ranks.broadcast(str(folder.path if folder else "").encode()).decode())
+            opened.pop_all()
             with closing(folder or report.NoFolder(path)) as folder:
                 if not ranks.main:
                     folder.rewind(state["records"] if state else [])
@@ -479,32 +489,37 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                     report.say(changed_processes(session, state.get("processes", 1)))
                 if state and state.get("precision", str(session.dtype)) != str(session.dtype):
                     report.say(f"trained in {state['precision']} so far, in {session.dtype} from here on: sums are rounded otherwise")
-                with device_failure_explained(device, path):
+                with device_failure_explained(device, path, of.world):
                     return run_epochs(session, folder, state)
 
 
 @contextmanager
-def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
-    """A block whose want of memory, or whose step that cannot be recorded, is explained by the keys that it hangs on."""
+def memory_explained(config: Config, device: torch.device, processes: int, goes_on: bool) -> Iterator[None]:
+    """A block whose want of memory, or whose step that cannot be recorded, is explained by the keys that it hangs on: by those of them that
+    may change, where a run `goes_on`."""
     side, size = config.model.image_size, config.loader.batch_size
+    half = max(processes, size // 2 // processes * processes)
+    less = "" if goes_on else f"--loader.batch_size {half}, smaller --model.channels, "
+    less += "--run.cuda_graphs false, " if device.type == "cuda" else ""
     try:
         with runtime.memory_explained(
                 device, f"loader.batch_size = {size} (evaluate.batch_size = {config.evaluate.batch_size}) and images of {side} x {side} "
-                "pixels", f"give --loader.batch_size {max(1, size // 2)} (--evaluate.batch_size where it evaluates), smaller "
-                f"--model.channels, {'--run.cuda_graphs false, ' if device.type == 'cuda' else ''}or --loader.mode stream"):
+                "pixels", f"give {less}--loader.mode stream, or a smaller --evaluate.batch_size where it evaluates"):
             yield
     except NotRecorded as error:
-        raise runtime.UserError(f"run.cuda_graphs: a step could not be recorded ({error}): --run.cuda_graphs false does without; where "
-                                f"memory was short, --loader.batch_size {max(1, size // 2)} may help") from error
+        raise runtime.UserError(f"run.cuda_graphs: a step could not be recorded ({error}): --run.cuda_graphs false does without" + (
+                                "" if goes_on else f"; where memory was short, --loader.batch_size {half} may help")) from error
 
 
 @contextmanager
-def device_failure_explained(device: torch.device, folder: Path) -> Iterator[None]:
+def device_failure_explained(device: torch.device, folder: Path, processes: int = 1) -> Iterator[None]:
     """A block of a run in `folder`, of which an error that leaves the device useless for this process is told with the way on."""
     try:
         yield
-    except RuntimeError as error:    # also of a library's call, or of a recording, that came upon it first
-        failed = not runtime.cuda_answers() if device.type == "cuda" else isinstance(error, torch.AcceleratorError)
+    except RuntimeError as error:
+        failed = isinstance(error, torch.AcceleratorError)
+        if not failed and device.type == "cuda" and processes == 1:    # of a library's call, or of a recording, that came upon it first
+            failed = not runtime.cuda_answers()    # among several it may wait for what another that has gone was to send
         if runtime.is_out_of_memory(error) or not failed:
             raise
         raise runtime.DeviceFailed(
@@ -566,7 +581,11 @@ def newest_unlike(config: Config) -> str:
 def fingerprint(config: Config, data: Data) -> int:
     """A number below 2**63 that processes share which train with the same config on the same bytes."""
     settings = {name: section for name, section in config.as_dict().items() if name != "beton"}    # paths may differ, bytes not
-    text = json.dumps([settings, data.train.sha256, data.test.sha256], sort_keys=True)
+    return number_of(json.dumps([settings, data.train.sha256, data.test.sha256], sort_keys=True))
+
+
+def number_of(text: str) -> int:
+    """A number below 2**63 that other texts do not have."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -247,9 +247,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def clip_gradients(parameters: Sequence[nn.Parameter], *, norm: float = 0.0, value: float = 0.0) -> None:
     """Clip by the norm over all gradients, or each entry to [-value, value]; 0 is off. Never waits for the device."""
     if norm > 0:
-        nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, norm)
     if value > 0:
-        nn.utils.clip_grad_value_(parameters, value, foreach=True)
+        nn.utils.clip_grad_value_(parameters, value)
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def ascended(parameters: Sequence[nn.Parameter], buffers: Sequence[torch.Tensor]
     with torch.no_grad():
         before = [[tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers)]
         gradients = [p.grad for p in moved]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = nn.utils.get_total_norm(gradients)
         if not overflows or bool(torch.isfinite(norm)):
             torch._foreach_add_(moved, torch._foreach_mul(gradients, radius / (norm + 1e-12)))
         for p in moved:

@@ -23,7 +23,9 @@ from torch import nn
 from seresnet import runtime
 from seresnet.runtime import Launch, UserError
 
-SILENCE_SECONDS = 180    # a process that has not answered for so long is taken for dead; longer than loader.py waits for a disk
+# A process that has not answered for so long is taken for dead. One whose connection breaks is missed at once: this is for machines that lose
+# their power, and has to be longer than one of them takes to read a set of tens of GB, which others may have in memory already.
+SILENCE_SECONDS = 600
 
 _JOINED = itertools.count()    # a program may train several nets, one after the other: each finds a store without old entries
 
@@ -121,12 +123,12 @@ class Ranks:
         for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers])):
             buffer.copy_(part.view_as(buffer))
 
-    def check_same(self, what: str, fingerprint: int) -> None:
+    def check_same(self, what: str, fingerprint: int, way_out: str = "give all machines the same files and command line") -> None:
         """Raise UserError, in all processes, where they do not have the same `fingerprint` (below 2**63)."""
         found = self.gather(torch.tensor([fingerprint])).flatten().tolist()
         if len(set(found)) > 1:
             other = next(rank for rank, value in enumerate(found) if value != found[0])
-            raise UserError(f"process {other} has another {what} than process 0: give all machines the same files and command line")
+            raise UserError(f"process {other} has another {what} than process 0: {way_out}")
 
 
 @contextmanager

@@ -235,6 +235,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     129, 130 or 143 interrupted. Anything else is a defect of ours and keeps its traceback. Of several processes, one speaks.
     """
     wait_briefly()    # most programs load torch in `main`; preview and export, which have it by now, compute little
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:    # closed: the first file to be opened would take its number, and what is told to it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):    # a file's name may be bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -528,7 +531,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory of the machine or of the device did not suffice."""
-    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in told)
 
 

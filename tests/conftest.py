@@ -122,7 +122,7 @@ def cifar10_dir() -> Path:
     folder = os.environ.get("CIFAR10_DIR")
     if not folder:
         pytest.skip("CIFAR10_DIR is not set: make test CIFAR10_DIR=<folder with cifar-10-batches-bin or -py>")
-    return Path(folder)
+    return Path(folder).resolve()    # tests run programs elsewhere
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,16 @@ def check_shares(group, of, path):
         assert len(batches) == 1 and batches[0].indices.tolist() == few[of.share].tolist(), "one process has nothing to evaluate"
 
 
+def check_arithmetic(settings, of):
+    """Processes of unlike machines do not train together. Leaves no group behind that another training could join."""
+    runtime.pick_dtype = lambda *_: torch.bfloat16 if of.rank else torch.float32
+    try:
+        train(settings)
+        raise AssertionError("two number formats went unnoticed")
+    except runtime.UserError as error:
+        assert "process 1 has another kind of device or number format than process 0: give --run.device and --run.precision" in str(error)
+
+
 def main():
     if sys.argv[1] == "train":
         import ffcv_train
@@ -169,6 +179,8 @@ def main():
     for name, settings in json.loads((folder / "plan.json").read_text()).items():
         result = train({**settings, "run.folder": str(folder / f"{name}-{of.world}")})
         (folder / f"{name}-{of.world}-{of.rank}.json").write_text(json.dumps(result))
+    if of.world > 1:
+        check_arithmetic({**settings, "run.folder": str(folder / f"unlike-{of.world}")}, of)
 
 
 if __name__ == "__main__":

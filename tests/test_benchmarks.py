@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,13 +12,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from benchmarks import compare, ddp, epochs, frontier, large, launches, scaling, time_to_accuracy
+from benchmarks import compare, ddp, epochs, frontier, large, launches, loader, scaling, soak, time_to_accuracy
 from seresnet import config, report, runtime
-from seresnet.beton import write_beton
+from seresnet.beton import open_beton, write_beton
 
 ROOT = Path(__file__).parents[1]
 
@@ -440,13 +442,48 @@ def test_what_makes_a_series_another_one(tmp_path, make_split):
         return config.build({"beton.train": str(tmp_path / name / "train.beton"), "beton.test": str(tmp_path / name / "test.beton"), **keys})
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings("a", **{"run.seed": 5}).as_dict()))
+    hashes = {f"{split}_sha256": open_beton(tmp_path / f"a/{split}.beton").sha256 for split in ("train", "test")}
+    (tmp_path / "run/environment.json").write_text(json.dumps({"data": hashes}))
     time_to_accuracy.refuse_another(settings("copy", **{"report.curves": False}), 5, tmp_path / "run")
     for other, message in ((settings("b"), "beton.train"), (settings("a", **{"run.cuda_graphs": False}), "run.cuda_graphs"),
                            (settings("a", **{"optim.lr": 0.3}), "optim.lr")):
         with pytest.raises(runtime.UserError, match=message):
             time_to_accuracy.refuse_another(other, 5, tmp_path / "run")
+    write_beton(tmp_path / "a/test.beton", make_split(32, 8), classes=("x", "y", "z"), name="c", source="c", fingerprint="c")    # in its place
+    with pytest.raises(runtime.UserError, match=f"beton.test: {tmp_path / 'a/test.beton'} holds other images than this run had"):
+        time_to_accuracy.refuse_another(settings("a"), 5, tmp_path / "run")
     shutil.rmtree(tmp_path / "a")
-    time_to_accuracy.refuse_another(settings("b"), 5, tmp_path / "run")    # which cannot be told from a copy any more
+    time_to_accuracy.refuse_another(settings("a"), 5, tmp_path / "run")    # a series that has ended does without
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings("copy", **{"run.seed": 5, "evaluate.split": "holdout"}).as_dict()))
+    (tmp_path / "copy/test.beton").unlink()
+    (tmp_path / "copy/test.beton.json").unlink()
+    shutil.copy(tmp_path / "b/test.beton", tmp_path / "copy")
+    shutil.copy(tmp_path / "b/test.beton.json", tmp_path / "copy")
+    time_to_accuracy.refuse_another(settings("copy", **{"evaluate.split": "holdout"}), 5, tmp_path / "run")    # it has no test images
+
+
+def test_seconds_of_unlike_programs_are_told_as_such():
+    run = {"evaluated": 9, "commit": "c", "machine": "here", "before_in_program": None}
+    own = SimpleNamespace(on_test=False, first_seed=1, seeds=2)
+
+    def told(*changes):
+        return compare.explained({"x": config.build({})}, own, [run, *({**run, **change} for change in changes)], 0)
+    assert "seconds" not in told({})
+    assert "not to be compared where runs were on several machines: here, there" in told({"machine": "there"})
+    assert "in programs of their own, and in one that was warm" in told({"before_in_program": 2})
+    assert "seconds" not in told({"before_in_program": 2}).replace(told({"before_in_program": 2}).splitlines()[2], "")
+
+
+def test_a_place_to_keep_results_in_is_made_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["soak", "--out", str(tmp_path / "file")])
+    with pytest.raises(runtime.UserError, match="--out: .*file: cannot be created .File exists."):
+        soak.main()
+
+
+def test_images_reach_worker_processes_that_are_not_forked():
+    images = pickle.loads(pickle.dumps(loader.Images(np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 1]), np.asarray)))
+    assert len(images) == 2 and images[1][0].shape == (4, 4, 3) and images[1][1] == 1
 
 
 def test_a_series_may_be_moved_and_called_from_elsewhere(series, tmp_path, monkeypatch, capsys):

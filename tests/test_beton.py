@@ -428,6 +428,44 @@ def test_of_two_converters_on_one_target_one_works_and_the_other_says_so(good, m
     assert sorted(p.name for p in good.parent.iterdir()) == ["x.beton", "x.beton.json"]
 
 
+def test_links_stay_links_and_what_they_name_is_written(good, make_split):
+    place = good.parent / "elsewhere"
+    place.mkdir()
+    for name in ("x.beton", "x.beton.json"):
+        (good.parent / name).rename(place / name)
+        (good.parent / name).symlink_to(place / name)
+    made = write(good, make_split(seed=9))
+    assert np.array_equal(read_images(made), make_split(seed=9).images) and open_beton(place / "x.beton", verify="full").sha256 == made.sha256
+    assert good.is_symlink() and sidecar_path(good).is_symlink()
+
+
+def test_a_beton_that_may_not_be_replaced_keeps_its_sidecar(good, make_split, monkeypatch):
+    """As on Windows, where a training reads it."""
+    before, replace = (good.read_bytes(), sidecar_path(good).read_bytes()), os.replace
+
+    def refused(source, target):
+        if Path(target) == good:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(BetonError, match="x.beton: cannot be written .The process cannot access"):
+        write(good, make_split(seed=9))
+    assert (good.read_bytes(), sidecar_path(good).read_bytes()) == before and open_beton(good, verify="full")
+    assert sorted(p.name for p in good.parent.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_what_another_converter_writes_is_not_taken_for_left_over(good, make_split):
+    """Of a process of another machine, or container, on the same disk it cannot be told that it runs."""
+    with beton._alone(good):
+        theirs = good.with_name(f".{good.name}.tmp-999999999")
+        theirs.touch()
+        with pytest.raises(BetonError, match="another process is writing this file"):
+            write(good, make_split(seed=9))
+        assert theirs.exists()
+    write(good, make_split(seed=9))
+    assert not theirs.exists()
+
+
 def test_converters_that_race_for_one_target_leave_one_whole_file(quick_disk, make_split, faults):
     path, splits = quick_disk / "x.beton", [make_split(seed=seed) for seed in range(4)]
 

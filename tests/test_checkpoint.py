@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,35 @@ def test_other_formats_and_missing_files_are_named(tmp_path):
     for name, part in (("new.pt", "format 99"), ("list.pt", "format 'list'"), ("none.pt", "cannot be read"), (".", "cannot be read")):
         with pytest.raises(CheckpointError, match=part):
             checkpoint.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("error, raised, told", [
+    (MemoryError(), MemoryError, None), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
+    (OSError(5, "Input/output error"), CheckpointError, "w.pt: cannot be read .Input/output error.: try again")])
+def test_a_file_is_not_called_damaged_for_want_of_memory_or_a_disk(tmp_path, monkeypatch, error, raised, told):
+    checkpoint.save(tmp_path / "w.pt", state())
+
+    def fails(*_, **__):
+        raise error
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(raised, match=told):
+        checkpoint.load(tmp_path / "w.pt")
+
+
+def test_an_apple_gpus_generator_is_kept(monkeypatch):
+    """Which dropout draws from there."""
+    kept = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.mps, "set_rng_state", kept.append)
+    net = torch.nn.Linear(1, 1)
+    parts = net, torch.optim.SGD(net.parameters()), torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(
+        device=torch.device("mps"), get_state=lambda: None, set_state=lambda _: None)
+    saved = checkpoint.training_state(*parts)
+    checkpoint.restore_training_state(saved, *parts)
+    assert kept == [torch.tensor([7])]
+    del saved["generators"]["mps"]    # as of earlier versions
+    checkpoint.restore_training_state(saved, *parts)
+    assert len(kept) == 1
 
 
 class Payload:

@@ -80,7 +80,11 @@ def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch
         monkeypatch.setattr(numba, "set_num_threads", refuse(ValueError("No threading layer could be loaded")))
     else:
         monkeypatch.setattr(compiled, "set_up_numba", refuse(OSError("Could not find/load shared object file")))
+    tried = []
+    if fault == "layer":
+        monkeypatch.setattr(compiled, "_try", lambda *_: tried.append(1))
     assert (compiled.passes.__wrapped__() is not None) == works
+    assert not tried, "nothing is compiled for threads that may not be used"
 
 
 @pytest.mark.parametrize("seconds, told", [(0, 0), (0.5, 1)])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seresnet import compiled, loop
+from seresnet import compiled, loop, runtime
 from seresnet.config import build
 from seresnet.graphs import NotRecorded, Repeats, Replays, cuda_graphs, few_ahead
 from seresnet.optim import Muon
@@ -292,6 +292,16 @@ def test_a_device_that_fails_is_told_with_the_way_on(betons, tmp_path, monkeypat
     monkeypatch.setattr(loop, "open_session", lambda *arguments: replace(whole(*arguments), replays=SimpleNamespace(of=lambda _: fails)))
     with pytest.raises(DeviceFailed, match=f"^CUDA error: unspecified launch failure: the device has failed.* --run.resume {re.escape(str(tmp_path))}"):
         train(betons, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_whether_the_device_answers_is_asked_where_no_other_process_may_keep_it_waiting(tmp_path, monkeypatch, processes):
+    asked = []
+    monkeypatch.setattr(runtime, "cuda_answers", lambda: asked.append(1))
+    with pytest.raises(DeviceFailed if processes == 1 else RuntimeError, match="Connection closed by peer"):
+        with loop.device_failure_explained(torch.device("cuda"), tmp_path, processes):
+            raise RuntimeError("Connection closed by peer")
+    assert len(asked) == (processes == 1)
 
 
 @pytest.mark.parametrize("device, processes, changes, wanted", [

@@ -20,7 +20,7 @@ from seresnet.augment import PADDINGS
 from seresnet.beton import open_beton, read_images, write_beton
 from seresnet.config import build
 from seresnet.optim import average_weights
-from seresnet.runtime import Interrupted, NonFiniteLoss, UserError
+from seresnet.runtime import Interrupted, Launch, NonFiniteLoss, UserError
 from seresnet.imageset import Split
 from test_config import mappings, valid
 
@@ -396,6 +396,17 @@ def test_a_batch_that_cannot_be_normalised_is_told_before_anything_is_trained(be
         assert train(betons, tmp_path, **changes)["evaluated"]
 
 
+@pytest.mark.parametrize("size, processes, alone, told", [
+    (2, 2, False, True), (2, 2, True, False), (4, 2, False, True), (6, 2, False, False), (148, 2, False, True), (148, 4, False, True), (146, 2, False, False)])
+def test_a_share_of_a_batch_that_is_normalised_by_itself_may_not_be_one_image(betons, size, processes, alone, told):
+    config = build({**SMALL, **betons, "model.blocks": [1] * 5, "loader.drop_last": False, "loader.batch_size": size, "loop.sync_norm": alone})
+    if told:
+        with pytest.raises(UserError, match=f"which leaves one image to one of {processes} processes .loop.sync_norm: false"):
+            loop.prepare(config, Launch(world=processes))
+    else:
+        loop.prepare(config, Launch(world=processes))
+
+
 def test_an_evaluation_that_fails_for_another_reason_than_memory_names_no_key(betons, tmp_path, monkeypatch, capsys):
     def broken(*arguments, **named):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -433,6 +444,7 @@ def test_any_config_of_right_values_is_prepared_or_refused_with_reasons(betons, 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(),
                                    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                                   RuntimeError("MPS backend out of memory (MPS allocated: 1 GB, other allocations: 0, max allowed: 1 GB)"),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 @pytest.mark.parametrize("where", ["smoothed_cross_entropy", "evaluate"])
 def test_memory_that_does_not_suffice_is_explained_and_nothing_tried_again(betons, tmp_path, monkeypatch, where, error):
@@ -446,8 +458,21 @@ def test_memory_that_does_not_suffice_is_explained_and_nothing_tried_again(beton
         train(betons, tmp_path)
     text = str(caught.value)
     assert re.match(r"out of memory on cpu with loader.batch_size = 16 \(evaluate.batch_size = 32\) and images of 16 x 16 pixels; [\d,]+ "
-                    r"of [\d,]+ MiB are free: give --loader.batch_size 8 ", text), text
+                    r"of [\d,]+ MiB are free: give --loader.batch_size 8, smaller --model.channels, --loader.mode stream", text), text
     assert caught.value.status == 2 and len(calls) == 1
+
+
+@pytest.mark.parametrize("processes, goes_on, expected", [(1, False, "500, smaller"), (8, False, "496, smaller"), (600, False, "600, smaller"),
+                                                          (1, True, "")])
+def test_what_is_advised_for_want_of_memory_is_accepted(processes, goes_on, expected):
+    """A batch that the processes can share; of a run that goes on, keys that may change."""
+    for error, words in ((MemoryError(), "out of memory"), (loop.NotRecorded("x"), "cuda_graphs")):
+        with pytest.raises(UserError, match=words) as caught:
+            with loop.memory_explained(build({"loader.batch_size": 1000}), torch.device("cpu"), processes, goes_on):
+                raise error
+        text = str(caught.value).partition("give ")[2] or str(caught.value)
+        assert "--loader.batch_size" not in text if goes_on else f"--loader.batch_size {expected.partition(',')[0]}" in text, text
+        assert ("--model.channels" in text) == (not goes_on and words == "out of memory")
 
 
 def test_any_other_error_is_not_taken_for_a_lack_of_memory(betons, tmp_path, monkeypatch):
@@ -683,6 +708,10 @@ def test_betons_that_are_no_two_splits_of_one_set_are_refused(betons, tmp_path, 
     write_beton(tmp_path / "other.beton", stripes(61, 5), **{**how, **about})
     with pytest.raises(UserError, match=message):
         train({**betons, "beton.test": str(tmp_path / "other.beton")}, tmp_path / "runs")
+    shutil.copy(betons["beton.train"], tmp_path / "copy.beton")
+    shutil.copy(betons["beton.train"] + ".json", tmp_path / "copy.beton.json")
+    with pytest.raises(UserError, match="copy.beton: hold the same images"):
+        train({**betons, "beton.test": str(tmp_path / "copy.beton")}, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     write_beton(tmp_path / "other.beton", stripes(61, 5), **{**how, "source": "elsewhere", "fingerprint": "y/raw/test"})
     train({**betons, "beton.test": str(tmp_path / "other.beton")}, tmp_path / "runs")    # another test set of the same classes
@@ -692,6 +721,26 @@ def test_a_run_goes_on_without_the_graphs_that_it_had_no_memory_for(betons, tmp_
     folder = stopped_run(betons, tmp_path, monkeypatch)
     train(betons, tmp_path, run__resume=str(folder), run__cuda_graphs=False)
     assert (folder / "report.json").exists()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_whose_set_up_fails_leaves_its_folder_to_the_next_training_of_the_program(betons, tmp_path, monkeypatch, resumed):
+    """Though the error that it ended with is kept, as a notebook does, and all that it was in with it."""
+    folder = tmp_path / "run"
+    if resumed:
+        fail_at(monkeypatch, "smoothed_cross_entropy", 25, crash)
+        with pytest.raises(Crash):
+            train(betons, tmp_path, run__folder=str(folder))
+        monkeypatch.undo()
+
+    def fails(*_, **__):
+        raise RuntimeError("no room")
+    monkeypatch.setattr(*(loop, "open_session") if resumed else (report.RunFolder, "write_start"), fails)
+    with pytest.raises(RuntimeError, match="no room") as kept:
+        train(betons, tmp_path, run__folder="" if resumed else str(folder), run__resume=str(folder) if resumed else "")
+    monkeypatch.undo()
+    assert train(betons, tmp_path, **({"run__resume": str(folder)} if resumed else {"run__folder": str(folder), "run__resume": "auto"}))["evaluated"]
+    assert kept.value.__traceback__
 
 
 def test_the_same_data_in_another_place_and_keys_that_came_later_are_no_change(betons, tmp_path, monkeypatch):

@@ -54,6 +54,14 @@ def test_a_named_folder_is_used_or_nothing(clone):
     assert status == 4 and len(calls) == 1
 
 
+def test_a_recipe_of_own_images_leaves_that_folder_alone(clone):
+    (clone / "own.yaml").write_text("beton:\n  train: data/own_train.beton\n")
+    for answers, programs in (([0, 0], 2), ([4], 1)):
+        status, _, calls = train(clone, answers, "own.yaml", CIFAR10_DIR="some where")
+        assert status == answers[-1] and len(calls) == programs and calls[0] == "write_datasets.py --config-file own.yaml"
+        (clone / "calls").unlink()
+
+
 def test_without_data_it_downloads(recipe):
     clone = recipe
     status, output, calls = train(clone, [4, 0, 0], "x.yaml")
@@ -87,6 +95,20 @@ def test_what_was_converted_before_is_trained_on(recipe):
         (recipe / f"data/cifar10_{split}.beton").touch()
     status, output, calls = train(recipe, [4, 0], "x.yaml")
     assert status == 0 and calls[1:] == ["ffcv_train.py --config-file x.yaml"] and "converted before" in output
+
+
+@pytest.mark.parametrize("named", [["--beton.train", "a b.beton", "--beton.test=c.beton"], ["--beton.test", "c.beton"]])
+def test_of_what_was_converted_before_those_files_are_trained_on_that_are_named(recipe, named):
+    (recipe / "data").mkdir()
+    for split in ("train", "test"):
+        (recipe / f"data/cifar10_{split}.beton").touch()
+    assert "downloading" in train(recipe, [4, 0, 0], "x.yaml", *named)[1]
+    (recipe / "calls").unlink()
+    for name in ("a b.beton", "c.beton"):
+        (recipe / name).touch()
+    status, output, calls = train(recipe, [4, 0], "x.yaml", *named)
+    assert status == 0 and calls[1:] == [f"ffcv_train.py --config-file x.yaml {' '.join(named)}"]
+    assert f"converted before is there: {'a b.beton' if len(named) > 2 else 'data/cifar10_train.beton'} and c.beton." in output
 
 
 @pytest.mark.parametrize("answers", [[2], [4, 2], [4, 4, 2], [0, 3], [4, 0, 130]])

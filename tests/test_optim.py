@@ -125,6 +125,15 @@ def test_clipping_by_norm_and_by_value():
     assert torch.allclose(clipped(norm=100.0), flat)
 
 
+def test_gradients_are_clipped_and_climbed_where_torch_has_no_kernels_for_lists():
+    """As on Apple's GPUs; torch refuses there, if it is told to use them."""
+    parameters = [nn.Parameter(torch.zeros(3, device="meta"))]
+    parameters[0].grad = torch.ones(3, device="meta")
+    optim.clip_gradients(parameters, norm=1.0, value=1.0)
+    with optim.ascended(parameters, [], 0.1):
+        assert parameters[0].grad is None
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="optimizer: 'lion' is not one of sgd, adamw"):
         optim.build_optimizer(net(), name="lion", lr=1.0)

@@ -79,6 +79,17 @@ def test_a_program_without_a_place_for_its_errors_runs():
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_what_is_told_to_a_closed_stream_reaches_no_file(tmp_path, closed):
+    code = ("import os, sys; from seresnet import runtime\n"
+            "def main():\n with open('file', 'w') as file:\n"
+            "  print('told', file=sys.stderr); print('said'); os.write(2, b'told'); os.write(1, b'said'); sys.stdin.read(); runtime.tune_allocator()\n"
+            "  file.write(str(file.fileno() > 2))\nruntime.run_program(main)")
+    done = subprocess.run(["sh", "-c", f"exec \"$0\" -c \"$1\" {closed}", sys.executable, code], cwd=tmp_path, timeout=60, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "True", done.stderr
+
+
 def test_a_subclass_may_choose_its_status():
     class Special(UserError):
         status = 4

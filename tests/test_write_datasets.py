@@ -10,7 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from seresnet import config
+import write_datasets
+from seresnet import config, sources
 from seresnet.beton import open_beton, read_images
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,19 @@ def test_who_names_a_source(tmp_path, monkeypatch, keys, named):
 def test_one_file_for_both_splits_is_refused(tree):
     status, output, errors = convert(tree, "--sources.path", "pets", "--beton.train", "a.beton", "--beton.test", "a.beton")
     assert status == 2 and "expected two files" in errors and not (tree / "a.beton").exists()
+    (tree / "there").symlink_to(tree)
+    status, output, errors = convert(tree, "--sources.path", "pets", "--beton.train", "there/a.beton", "--beton.test", tree / "a.beton")
+    assert status == 2 and "expected two files" in errors and not (tree / "a.beton").exists()
+
+
+def test_what_is_downloaded_is_not_put_where_the_default_source_is(tree, monkeypatch):
+    found = []
+    monkeypatch.setattr(sources, "find_source", lambda path, **keys: found.append(path) or 1 / 0)
+    for keys in ((), ("--sources.kind", "download")):
+        monkeypatch.setattr(sys, "argv", ["write_datasets.py", "--default-source", "elsewhere", *keys])
+        with pytest.raises(ZeroDivisionError):
+            write_datasets.main()
+    assert found == ["elsewhere", "data"]
 
 
 @pytest.mark.parametrize("keys, status, message", [
