@@ -79,7 +79,7 @@ def examine(data: Path) -> Iterator[Finding]:
     room = shutil.disk_usage(place).free / 2**30
     yield Finding("free disk", room >= 1 or None, f"{room:.1f} GiB at {place.resolve()}", "" if room >= 1 else "free some")
     if runtime.is_installed("numpy"):
-        yield from _data(data, sorted(file for file in data.glob("*") if file.suffix.lower() == ".beton"))
+        yield from _data(data, sorted(file for file in data.glob("[!.]*") if file.suffix.lower() == ".beton"))
 
 
 def why_not_imported(package: str) -> str:
@@ -103,8 +103,8 @@ def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
     if not betons:
         try:
             found = find_source(data)
-            recipe = {"cifar10": "se94.yaml", "cifar100": "se95.yaml --beton.train data/cifar100_train.beton --beton.test "
-                      "data/cifar100_test.beton"}.get(found.official_name(), "own_images.yaml")
+            recipe = {"cifar10": "se94.yaml", "": "se94.yaml" if found.kind == "archive" else "own_images.yaml", "cifar100": "se95.yaml --beton.train data/cifar100_train.beton --beton.test "
+                      "data/cifar100_test.beton"}[found.official_name()]
             yield Finding("data", True, f"{found.describe()}, not converted yet",
                           f"python write_datasets.py --config-file rn_configs/{recipe} --sources.path {shlex.quote(str(data))}")
         except MissingError:

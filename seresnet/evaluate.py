@@ -26,11 +26,12 @@ from torch import nn    # noqa: E402
 
 from seresnet import beton, pictures, report, shift, sources, trained    # noqa: E402
 from seresnet.augment import normalise    # noqa: E402
-from seresnet.files import FITS, fit_images    # noqa: E402
+from seresnet.files import FITS, check_room, fit_images    # noqa: E402
 from seresnet.loss import Tally, Totals    # noqa: E402
 from seresnet.tta import VIEWS, log_probabilities    # noqa: E402
 
 RESIZED_BY = "--fit resize or --fit crop"
+FEWER = "evaluate fewer of them at a time"
 
 
 class Evaluation(NamedTuple):
@@ -105,6 +106,7 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         raise runtime.UserError(f"--data {path}: does not exist (looked in {Path.cwd()})")
     if path.suffix.lower() == ".beton":
         opened = beton.open_beton(path)
+        check_room(opened.samples * opened.height * opened.width * 3, FEWER)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
         if fit in FITS:
             images = fit_images(images, net.image_size, fit)
@@ -114,8 +116,10 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         images, labels, classes, text = _read_set(path, net, split, fit)
     problems = []
     if strangers := sorted(set(classes) - set(net.classes)):
-        problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: give "
-                        "images of the classes that it was trained on")
+        way_out = "give images of the classes that it was trained on"
+        if all(name.isdecimal() for name in classes) and len(classes) <= len(net.classes):    # numbers, for want of names
+            way_out += ", by their names: an array `classes` names them in an .npz file"
+        problems.append(f"--data {path}: has {len(classes)} classes, the net {len(net.classes)}, and not {', '.join(strangers[:5])}: {way_out}")
     else:
         labels = np.array([net.classes.index(name) for name in classes], np.int64)[labels]
     if images.shape[1:3] != (net.image_size, net.image_size):
@@ -133,7 +137,7 @@ def _read_set(path: Path, net: trained.TrainedNet, split: str, fit: str) -> tupl
     try:
         source = sources.find_source(path, **how | fitted, watch=report.watched("reading", " images"), for_training=False, resized_by=RESIZED_BY)
     except sources.MissingError as error:
-        betons = sorted(file.name for file in path.glob("*.beton"))
+        betons = sorted(file.name for file in path.glob("[!.]*.beton"))
         raise runtime.UserError(f"--data {path}: holds no data set that we read" + (
             f", but {', '.join(betons[:5])}: name one of them" if betons else ": name a beton, or images in one of the README's layouts")
         ) from error
@@ -141,8 +145,11 @@ def _read_set(path: Path, net: trained.TrainedNet, split: str, fit: str) -> tupl
     found = source.read()
     images, labels = found.test.images, found.test.labels
     if split == "all":
+        check_room(found.train.images.nbytes + images.nbytes, FEWER)
         images, labels = np.concatenate([found.train.images, images]), np.concatenate([found.train.labels, labels])
-    classes, text, passed_over = found.classes, f"{found.source}, {'all of it' if split == 'all' else 'test split'}", source.left_out()
+    part = "all of it" if split == "all" else "test split" if not found.held_back else (
+        f"which has no test split: {source.test_share:.0%} of each class; --split all takes all")
+    classes, text, passed_over = found.classes, f"{found.source}, {part}", source.left_out()
     if passed_over:
         text += f" ({passed_over})"
     if known:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_IMAGE = 64 << 20    # pixels; a photograph has fewer, and a file of some kilobytes may claim any number
+TOO_LARGE = f"expected {LARGEST_IMAGE:,} in all at most: make it smaller, or remove it"
 PHOTOGRAPH = 16 << 10    # bytes of a file from which on its decoding is worth a thread
 OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".heic", ".avif")    # which we do not read
 FITS = ("resize", "crop")
@@ -43,19 +44,36 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file in `folder` at any depth, in a fixed order; not behind links to folders, which may lead anywhere, and in circles."""
-    for place, folders, names in os.walk(folder):
+def files_below(folder: Path, unreadable: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Every file in `folder` at any depth, in a fixed order; not behind links to folders, which may lead anywhere, and in circles.
+    unreadable: is told of folders that may not be read, which are passed over otherwise."""
+    for place, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
         yield from (Path(place, name) for name in sorted(names))
 
 
+def all_files_below(folder: Path) -> Iterator[Path]:
+    """As files_below. Raises SourceError where a folder may not be read."""
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"{error.filename}: {error.strerror}: make it readable, or move it away") from error
+    return files_below(folder, refuse)
+
+
 def left_out(folder: Path, taken: Iterable[Path]) -> str:
-    """A line on the pictures in `folder`, at any depth and of any format, that are not among those `taken`; '' for none."""
+    """A line on the pictures in `folder`, at any depth and of any format, that are not among those `taken`, and on links to folders behind
+    which none of those are; '' for none."""
     taken = set(taken)
+
+    def shown(file: Path) -> bool:
+        return not any(part.startswith(".") for part in file.relative_to(folder).parts)
     rest = sorted(file for file in files_below(folder) if file.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES) and file not in taken
-                  and not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    return f"left out: {len(rest):,} pictures in other places or formats, such as {rest[0]}" if rest else ""
+                  and shown(file))
+    behind = {place for parent in {file.parent for file in taken} for place in (parent, *parent.parents)}
+    links = sorted(link for place, folders, _ in os.walk(folder) for name in folders
+                   if (link := Path(place, name)).is_symlink() and link not in behind and shown(link))
+    told = [f"{len(rest):,} pictures in other places or formats, such as {rest[0]}"] if rest else []
+    told += [f"what is behind {len(links):,} links to folders, such as {links[0]}"] if links else []
+    return f"left out: {', and '.join(told)}" if told else ""
 
 
 def as_text(name: object) -> str:
@@ -88,8 +106,7 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > LARGEST_IMAGE:    # decided from the header, before anything is decoded
-                raise SourceError(f"{where}: is {image.width} x {image.height} pixels, expected {LARGEST_IMAGE:,} in all at "
-                                  "most: make it smaller, or remove it")
+                raise SourceError(f"{where}: is {image.width} x {image.height} pixels, {TOO_LARGE}")
             if image.mode in ("I;16", "I"):    # 16 bits, by Pillow's version: convert would cut them off at 255
                 image = _in_8_bits(image)
             if image.mode in ("RGBA", "LA") or "transparency" in image.info:
@@ -103,6 +120,8 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
             return np.asarray(image)
     except SourceError:
         raise
+    except Image.DecompressionBombError as error:    # far beyond our limit: Pillow asked for the size before us
+        raise SourceError(f"{where}: has more pixels than Pillow opens, {TOO_LARGE}") from error
     except Exception as error:    # Pillow raises a dozen kinds for damaged files
         reason = getattr(error, "strerror", None) or "is no readable PNG or JPEG"
         raise SourceError(f"{where}: {reason}: replace or remove it") from error

@@ -17,13 +17,15 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A whole data set: its short `name`, one line on where it comes `source` from, class names, both splits."""
+    """A whole data set: its short `name`, one line on where it comes `source` from, class names, both splits; whether the test split was
+    held back of a set that has none."""
 
     name: str
     source: str
     classes: tuple[str, ...]
     train: Split
     test: Split
+    held_back: bool = False
 
 
 def problems_of_names(classes: Sequence[str]) -> Iterable[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
+from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, all_files_below, as_text, check_room, fit_images, in_small_letters, is_image,
                             left_out, load_pickle, read_arrays, read_image, read_image_files)
 from seresnet.sources import as_images
 
@@ -52,7 +52,9 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
     elif path.suffix.lower() in OTHER_PICTURES:
         raise SourceError(f"{path}: is a picture in a format that we do not read: convert it to PNG or JPEG")
     elif path.suffix.lower() == ".beton":
-        images = read_images(open_beton(path))
+        beton = open_beton(path)
+        check_room(beton.samples * beton.height * beton.width * 3, IN_PARTS)
+        images = read_images(beton)
         found = Unlabelled([str(i) for i in range(len(images))], images)
     else:
         found = _table(path)
@@ -73,9 +75,10 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
 
 
 def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix: bool) -> Unlabelled:
-    names = [name for name in (file.relative_to(path) for file in files_below(path)) if is_image(name)]
+    names = [name for name in (file.relative_to(path) for file in all_files_below(path)) if is_image(name)]
     if not names:
-        raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files")
+        passed_over = left_out(path, ())
+        raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files{f' ({passed_over})' if passed_over else ''}")
     names.sort(key=lambda name: (str(name.parent), int(name.stem) if name.stem.isdecimal() else -1, str(name)))
     check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
@@ -133,6 +136,7 @@ def _table(path: Path) -> Unlabelled:
 
 def _binary_rows(path: Path) -> np.ndarray:
     try:
+        check_room(path.stat().st_size, IN_PARTS)
         content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from error

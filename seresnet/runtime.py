@@ -566,6 +566,9 @@ def total_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[1]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "win32":
+        with suppress(OSError, AttributeError):
+            return _memory_of_windows()[0]
     return free_memory_of_machine()
 
 
@@ -619,7 +622,19 @@ def _free_memory() -> int:
         pass
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if sys.platform == "win32":
+        with suppress(OSError, AttributeError):
+            return _memory_of_windows()[1]
     return 4 << 30
+
+
+def _memory_of_windows() -> tuple[int, int]:
+    """Bytes of main memory: all, and what is free. Of MEMORYSTATUSEX, by GlobalMemoryStatusEx of its kernel32."""
+    import ctypes
+    status = (ctypes.c_uint64 * 8)(64)    # its own size and the load in percent, 32 bits each; then seven numbers of 64
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx has failed")
+    return status[1], status[2]
 
 
 def has_ffcv() -> bool:

@@ -7,13 +7,14 @@ that carries theirs, is no longer maintained and does not run with the numpy tha
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 SEVERITIES = range(1, 6)
-PART = 1000    # images at once: noise and brightness want eight bytes and more a value for a while
+PIXELS = 1000 * 64 * 64    # at once: noise and brightness want eight bytes and more a value for a while
 
 
 def noise(images: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -76,8 +77,9 @@ def corrupt(images: np.ndarray, corruption: str, severity: int, seed: int = 0) -
         raise ValueError(f"corruption {corruption!r} at severity {severity}: expected one of {', '.join(CORRUPTIONS)}, 1 to 5")
     rng = np.random.default_rng((seed, severity, list(CORRUPTIONS).index(corruption)))
     corrupted = np.empty_like(images)
-    for start in range(0, len(images), PART):
-        corrupted[start:start + PART] = CORRUPTIONS[corruption](images[start:start + PART], severity, rng)
+    part = max(1, PIXELS // math.prod(images.shape[1:3]))
+    for start in range(0, len(images), part):
+        corrupted[start:start + part] = CORRUPTIONS[corruption](images[start:start + part], severity, rng)
     return corrupted
 
 

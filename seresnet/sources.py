@@ -8,19 +8,25 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from seresnet import runtime
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
 from seresnet.files import (IMAGE_SUFFIXES, SMALLER, TOLD, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
                             left_out, read_arrays, read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
+T = TypeVar("T")
+
+PART = 1 << 20    # bytes of a file, read at once
 KINDS = ("binary", "pickle", "archive", "kaggle", "parquet", "folder", "arrays")    # recognised, the first that is there
 TEST_NAMES = ("test", "val", "valid", "validation")
 SPLIT_NAME = re.compile(rf"(train|training|testing|{'|'.join(TEST_NAMES)})([\W_\d].*)?", re.IGNORECASE)    # test1, train_images
@@ -67,11 +73,12 @@ class Source:
         return "scikit-learn's load_digits" if self.kind == "digits" else f"{what[self.kind]} {self.path}"
 
     def official_name(self) -> str:
-        """The name in cifar.SETS of what is in one of CIFAR's layouts, of an archive by its file's name; '' for other kinds."""
+        """The name in cifar.SETS of what is in one of CIFAR's layouts, of an archive by its file's name; '' for other kinds and names."""
         if self.kind in ("binary", "pickle"):
             return _set_at(self.kind, self.path)
         if self.kind in ("archive", "download"):
-            return next((name for name, known in SETS.items() if self.path.name.lower() in known.archives), "cifar10")
+            return next((name for name, known in SETS.items() if self.path.name.lower() in known.archives),
+                        "cifar10" if self.kind == "download" else "")
         return ""
 
     def how(self) -> dict[str, int | float | str]:
@@ -94,13 +101,17 @@ class Source:
             digest.update(sklearn.__version__.encode())
         elif self.kind == "download":
             digest.update(torchvision_cifar10().tgz_md5.encode())
-        problems = []
+        problems, official = [], self.official_name()
+        place = Path(Path(os.path.abspath(self.path)).name)    # the same for `.` as for the folder's name
         for file in self._files():
-            digest.update(f"\n{file.relative_to(self.path.parent).as_posix()}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"\n{(place / file.relative_to(self.path)).as_posix()}\n".encode("utf-8", "surrogateescape"))
             try:
-                digest.update(_read_bytes(file, f"the data set is not whole. {SUPPLY}" if self.official_name() else "replace or remove it"))
-            except SourceError as error:
-                problems += error.problems
+                with open(file, "rb") as content:
+                    while part := content.read(PART):
+                        digest.update(part)
+            except OSError as error:
+                way_out = f"the data set is not whole. {SUPPLY}" if official else "replace or remove it"
+                problems.append(f"{file}: {error.strerror}: {way_out}")
         if problems:
             raise SourceError(*problems[:TOLD], *([f"and {len(problems) - TOLD:,} more like these"] if len(problems) > TOLD else []))
         # The last number counts versions of the reading below: raise it where the same bytes give other images.
@@ -112,13 +123,14 @@ class Source:
         readers = {"folder": _read_folder, "kaggle": _read_kaggle, "parquet": _read_parquet, "arrays": _read_arrays,
                    "digits": _read_digits}
         images = (readers.get(self.kind) or _read_official)(self)
-        problems = list(problems_of(images, self.for_training))
+        fitted = replace(images, **{name: Split(fit_images(split.images, self.image_size, self.fit), split.labels)
+                                    for name, split in (("train", images.train), ("test", images.test))})
+        problems = list(problems_of(fitted, self.for_training))
         if self.kind not in readers and not problems:
             problems = problems_of_published(images)
         if problems:
             raise SourceError(*(f"{images.source}: {problem}" for problem in problems))
-        return ImageSet(images.name, images.source, images.classes, *(
-            Split(fit_images(split.images, self.image_size, self.fit), split.labels) for split in (images.train, images.test)))
+        return fitted
 
     def _files(self) -> list[Path]:
         if self.kind in ("binary", "pickle"):
@@ -144,7 +156,7 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
     path = Path(path)
     if kind in ("download", "digits"):
         return Source(kind, path, **how)
-    candidates = _candidates(path)
+    candidates = _candidates(path, kind)
     found = {source_kind: place for source_kind, place in reversed(candidates)}
     if kind == "auto" and candidates:
         kind = candidates[0][0]
@@ -159,8 +171,9 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
         f"sources.path: {path} {there} (looked in {Path.cwd()}). {SUPPLY}, or let --sources.kind download fetch CIFAR-10")
 
 
-def _candidates(path: Path) -> list[tuple[str, Path]]:
-    """(kind, place) of what is there, the first choice first."""
+def _candidates(path: Path, kind: str) -> list[tuple[str, Path]]:
+    """(kind, place) of what is there, the first choice first. Where `auto` has found CIFAR, the folders beside it are nobody's classes: they may
+    be large, and not all readable."""
     found = []
     for known in SETS.values():    # a set in all its layouts before the next
         found += [(layout, folder) for layout, name in known.folders.items() for folder in (path, path / name)
@@ -168,6 +181,8 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
         found += [("archive", path / name) for name in known.archives if (path / name).is_file()]
     if path.is_file() and path.name.lower().endswith((".tar.gz", ".tgz")):
         found.append(("archive", path))
+    if kind == "auto" and found:
+        return found
     if path.is_dir():
         if (path / LABEL_FILE).is_file() and (path / "train").is_dir():
             found.append(("kaggle", path))
@@ -184,7 +199,7 @@ def _candidates(path: Path) -> list[tuple[str, Path]]:
 def _labelled_arrays(path: Path) -> list[Path]:
     """The .npz files in `path` that hold a set to train on: others are of something else, such as images to predict."""
     found = []
-    for file in sorted(entry for entry in path.glob("*") if entry.suffix.lower() == ".npz"):
+    for file in sorted(entry for entry in path.glob("[!.]*") if entry.suffix.lower() == ".npz"):
         try:
             with zipfile.ZipFile(file) as content:
                 names = {name.removesuffix(".npy").lower() for name in content.namelist()}
@@ -267,10 +282,10 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_trai
     return chosen
 
 
-def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], source: Source) -> tuple[Split, Split]:
+def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], source: Source) -> tuple[Split, Split, bool]:
     test = choose_test(labels, names, source.test_share, source.for_training)
     check_room(images.nbytes, SMALLER)    # what follows copies them
-    return Split(images[~test], labels[~test]), Split(images[test], labels[test])
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test]), True
 
 
 # -- image files --------------------------------------------------------------------------------------------------------
@@ -343,6 +358,9 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]], source: Source)
 
 def _read_folder(source: Source) -> ImageSet:
     trees = _trees(source.path)
+    if not source.for_training:    # one of the splits may lack classes
+        every = _in_order({name for tree in trees.values() for name, _ in tree})
+        trees = {split: [(name, dict(tree).get(name, [])) for name in every] for split, tree in trees.items()}
     names = {split: tuple(name for name, _ in tree) for split, tree in trees.items()}
     first = next(iter(names))
     if first == "train" and names["train"] != names["test"]:
@@ -421,37 +439,26 @@ def _parquet_files(path: Path) -> dict[str, list[Path]]:
 
 def _read_parquet(source: Source) -> ImageSet:
     """Columns `img` or `image` (bytes, or a struct with them) and `label`, `labels`, `fine_label` or `coarse_label`: numbers, or words."""
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise SourceError("parquet files are read with pyarrow, which is not installed: pip install pyarrow") from error
+    if not runtime.is_installed("pyarrow"):
+        raise SourceError("parquet files are read with pyarrow, which is not installed: pip install pyarrow")
     read, classes = {}, ()
     for split, files in _parquet_files(source.path).items():
         if split not in ("train", "test"):
             continue
-        contents, labels = [], []
+        columns, labels = [], []
         for file in files:
-            try:
-                table = pyarrow.parquet.ParquetFile(file)
-                names = table.schema_arrow.names
-                image = next((name for name in ("img", "image") if name in names), None)
-                wanted = ("label", "labels", f"{source.labels}_label")
-                label = next((name for name in wanted if name in names), None)
-                if image is None or label is None:
-                    raise SourceError(f"{file}: has the columns {', '.join(names)}; expected img or image, and label or "
-                                      f"{source.labels}_label")
-                rows = table.read(columns=[image, label])
-                contents += rows.column(image).to_pylist()
-                labels += rows.column(label).to_pylist()
-                classes = classes or _hub_classes(table.schema_arrow.metadata or {}, label)
-            except SourceError:
-                raise
-            except Exception as error:    # pyarrow raises a dozen kinds for damaged files
-                raise SourceError(f"{file}: is no readable parquet file ({type(error).__name__}): fetch it again") from error
-        if not all(label if type(label) is str else type(label) is int and label >= 0 for label in labels):
-            raise SourceError(f"{source.path}: {split} has samples without a label: a set to train on needs one each")
-        images = _stack(len(contents), (_cell(content, f"{source.path}: {split} image {i}", source)
-                                        for i, content in enumerate(source.watch(contents, len(contents)))), source)
+            image, of_file, named = _or_refused(lambda: _labels_of(file, source), file)
+            columns.append((file, image))
+            labels += of_file
+            classes = classes or named
+        for label in labels:
+            if label in (None, "") or type(label) is int and label < 0:
+                raise SourceError(f"{source.path}: {split} has samples without a label ({label!r}): a set to train on needs one each" + (
+                    "; where another split, such as validation-*, has labels, move test-*.parquet away" if split == "test" else ""))
+            if type(label) not in (str, int):
+                raise SourceError(f"{source.path}: {split} has labels such as {label!r} ({type(label).__name__}), expected numbers or words")
+        contents = source.watch(_cells_of(columns), len(labels))
+        images = _stack(len(labels), (_cell(content, f"{source.path}: {split} image {i}", source) for i, content in enumerate(contents)), source)
         read[split] = images, labels
     if any(type(label) is str for _, labels in read.values() for label in labels):    # words, not numbers of classes
         classes = tuple(_in_order({str(label) for _, labels in read.values() for label in labels}))
@@ -459,6 +466,37 @@ def _read_parquet(source: Source) -> ImageSet:
         read = {split: (images, [numbers[str(label)] for label in labels]) for split, (images, labels) in read.items()}
     return _image_set(source, source.path.resolve().name, {
         split: (images, np.array(labels, np.int64)) for split, (images, labels) in read.items()}, classes)
+
+
+def _labels_of(file: Path, source: Source) -> tuple[str, list[object], tuple[str, ...]]:
+    """The name of the column of images in a parquet file, the labels, and the names of the classes where it holds them."""
+    from pyarrow.parquet import ParquetFile
+    with ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        image = next((name for name in ("img", "image") if name in names), None)
+        label = next((name for name in ("label", "labels", f"{source.labels}_label") if name in names), None)
+        if image is None or label is None:
+            raise SourceError(f"{file}: has the columns {', '.join(names)}; expected img or image, and label or {source.labels}_label")
+        return image, table.read(columns=[label]).column(label).to_pylist(), _hub_classes(table.schema_arrow.metadata or {}, label)
+
+
+def _cells_of(columns: Iterable[tuple[Path, str]]) -> Iterator[object]:
+    """The cells of a column in each of some parquet files, a few at a time: files may be larger than the memory that their images take."""
+    from pyarrow.parquet import ParquetFile
+    for file, column in columns:
+        with ParquetFile(file) as table:
+            batches = table.iter_batches(batch_size=256, columns=[column])
+            while (cells := _or_refused(lambda: next(batches, None), file)) is not None:
+                yield from _or_refused(cells.column(0).to_pylist, file)
+
+
+def _or_refused(reading: Callable[[], T], file: Path) -> T:
+    try:
+        return reading()
+    except SourceError:
+        raise
+    except Exception as error:    # pyarrow raises a dozen kinds for damaged files
+        raise SourceError(f"{file}: is no readable parquet file ({type(error).__name__}): fetch it again") from error
 
 
 def _cell(content: object, where: str, source: Source) -> tuple[str, np.ndarray]:
@@ -532,7 +570,7 @@ def _check_planes(rows: np.ndarray, where: str) -> None:
     as_planes, as_pixels = sample.reshape(-1, 3, 32, 32), sample.reshape(-1, 32, 32, 3)
     planes, pixels = np.abs(np.diff(as_planes, axis=3)).mean(), np.abs(np.diff(as_pixels, axis=2)).mean()
     grey = (as_pixels == as_pixels[..., :1]).all() and not (as_planes == as_planes[:, :1]).all()    # where each value stands three times
-    if planes > 1.5 * pixels or grey:
+    if planes > 1.1 * pixels or grey:
         raise SourceError(f"{where}: its rows hold red, green and blue of each pixel side by side, expected all red values, then "
                           "green, then blue: reshape them to (N, 32, 32, 3)")
 

@@ -36,6 +36,9 @@ def test_a_set_is_converted_by_the_recipe_for_it(tmp_path, monkeypatch):
         (tmp_path / recipe[:4]).mkdir()
         (tmp_path / recipe[:4] / name).touch()
         assert f"rn_configs/{recipe}" in said(tmp_path / recipe[:4]).mend
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed/c10.tar.gz").touch()
+    assert "rn_configs/se94.yaml" in said(tmp_path / "renamed/c10.tar.gz").mend, "archives are CIFAR's, of whatever name"
     (tmp_path / "arrays").mkdir()
     for name in ("a", "b"):
         np.savez(tmp_path / f"arrays/{name}.npz", x=np.zeros(1), y=np.zeros(1))

@@ -246,6 +246,8 @@ def test_a_folder_of_images_will_do(run, tmp_path):
     assert status == 0 and "| cat " in output and f": {(test.labels > 0).sum()} images" in output, errors
     told = json.loads((folder / "evaluation/set/evaluation.json").read_text())
     assert told["accuracy"] > 0.6 and np.array(told["confusion"]).sum(1).tolist() == np.bincount(test.labels[test.labels > 0], minlength=3).tolist()
+    status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "set/test", "--out", "fifth")
+    assert status == 0 and "set/test, which has no test split: 20% of each class; --split all takes all: " in output, errors
     shutil.copytree(tmp_path / "set", tmp_path / "other/set")
     status, output, errors = run_module("evaluate", tmp_path, "--checkpoint", folder, "--data", "other/set")
     assert status == 0 and str(folder / "evaluation/set-2") in output, errors

@@ -1,10 +1,13 @@
 """runtime: exit statuses, the allocator's restart, seeds that do not overlap, choices of device and number format."""
+import ctypes
 import importlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +185,18 @@ def test_memory_is_what_the_batch_system_leaves(tmp_path, version, limit, usage)
     assert runtime._left_by_cgroups(of, tmp_path / "mount") > 1 << 40
     (place / limit).write_text("300000")
     assert runtime._left_by_cgroups(of, tmp_path / "mount") < 0 <= runtime.free_memory_of_machine()
+
+
+def test_windows_says_how_much_memory_is_free(monkeypatch):
+    """By the layout of its MEMORYSTATUSEX; not run there."""
+    def status(place):
+        content = struct.pack("<IIQQQQQQQ", 64, 37, 16 << 30, 5 << 30, 1, 2, 3, 4, 0)
+        assert struct.unpack("<I", ctypes.string_at(ctypes.addressof(place), 4)) == (64,)
+        ctypes.memmove(place, content, len(content))
+        return 1
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=lambda reference: status(reference._obj))
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    assert runtime._memory_of_windows() == (16 << 30, 5 << 30)
 
 
 def test_number_formats():

@@ -58,5 +58,5 @@ def test_what_there_is_not_is_refused(name, severity):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_parts_give_what_the_whole_gives(name, monkeypatch):
     whole = corrupt(IMAGES, name, 3)
-    monkeypatch.setattr("seresnet.shift.PART", 7)
+    monkeypatch.setattr("seresnet.shift.PIXELS", 7 * IMAGES[0, ..., 0].size + 1)    # seven images at once
     assert np.array_equal(corrupt(IMAGES, name, 3), whole)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from conftest import in_child
 from seresnet import cifar as official
 from seresnet import files, imageset, sources
 from seresnet.cifar import DownloadError
@@ -395,6 +396,49 @@ def test_arrays_beside_a_set_are_not_taken_for_it(tmp_path):
         find_source(tmp_path)
 
 
+def test_a_damaged_neighbour_that_macos_leaves_is_no_set(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((12, 4, 4, 3), np.uint8), labels=np.arange(12) % 2)
+    (tmp_path / "._x.npz").write_bytes(b"Mac OS X")
+    assert find_source(tmp_path).read().name == "x"
+
+
+def test_arrays_of_two_sizes_are_brought_to_one_where_that_is_asked_for(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((4, 5, 5), np.uint8), y_train=[0, 1, 0, 1], x_test=np.zeros((2, 6, 6), np.uint8), y_test=[0, 1])
+    with pytest.raises(SourceError, match="bring all to one size"):
+        find_source(tmp_path).read()
+    read = find_source(tmp_path, image_size=4).read()
+    assert read.train.images.shape == (4, 4, 4, 3) and read.test.images.shape == (2, 4, 4, 3)
+
+
+def test_a_test_split_that_is_held_back_is_known_as_such(tree):
+    assert not find_source(tree).read().held_back
+    assert find_source(tree / "train").read().held_back
+
+
+def test_of_a_set_that_is_not_trained_on_one_split_may_lack_classes(tree):
+    whole = find_source(tree, for_training=False).read()
+    shutil.rmtree(tree / "test" / whole.classes[0])
+    (tree / "train" / whole.classes[-1]).rename(tree / "train/0 new")
+    with pytest.raises(SourceError, match="only in one of them"):
+        find_source(tree).read()
+    read = find_source(tree, for_training=False).read()
+    assert read.classes == ("0 new", *whole.classes)
+    kept = whole.test.labels > 0
+    assert np.array_equal(read.test.images, whole.test.images[kept]) and np.array_equal(read.test.labels, whole.test.labels[kept] + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become somebody else")
+def test_a_folder_beside_cifar_need_not_be_readable(layouts, tmp_path):
+    """As `lost+found` is not, where it lies on a disk of its own."""
+    shutil.copytree(layouts / "bin/cifar-10-batches-bin", tmp_path / "set/cifar-10-batches-bin")
+    (tmp_path / "set/lost+found").mkdir(mode=0)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.name.startswith(("pytest", "test")):
+            os.chmod(parent, 0o755)
+    assert in_child(lambda: find_source(tmp_path / "set").kind, 65534) == "binary"
+    assert "lost+found: Permission denied" in in_child(lambda: find_source(tmp_path / "set", "folder").kind, 65534)
+
+
 def test_labels_that_count_from_one_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((12, 4, 4, 3), np.uint8), labels=np.arange(12) % 2 + 1)
     with pytest.raises(SourceError, match="no image of class 0: labels count from 0, so subtract 1"):
@@ -423,6 +467,7 @@ def test_grey_and_jpeg_files_become_rgb(tree):
     (lambda t: Image.new("RGBA", (6, 5), (1, 2, 3, 4)).save(t / "test/cat/000.png"), "partly transparent"),
     (lambda t: Image.new("LAB", (6, 5)).save(t / "test/cat/000.png", "TIFF"), "no readable PNG"),
     (lambda t: Image.new("1", (20000, 5000)).save(t / "test/cat/000.png"), "20000 x 5000 pixels, expected 67,108,864 in all"),
+    (lambda t: Image.new("1", (20000, 10000)).save(t / "test/cat/000.png"), "000.png: has more pixels than Pillow opens, expected 67,108,864"),
     (lambda t: (t / "train/fox").mkdir(), "only in one of them: fox"),
     (lambda t: [(t / s / "fox").mkdir() for s in ("train", "test")], "files in train/fox, test/fox")])
 def test_a_bad_tree_is_refused_with_the_file_named(tree, change, message):
@@ -874,6 +919,8 @@ def test_rows_of_whole_pixels_are_not_taken_for_planes(tmp_path):
     np.savez(tmp_path / "flat.npz", x=images.reshape(30, -1), y=np.arange(30) % 3)
     with pytest.raises(SourceError, match="flat.npz: x: its rows hold red, green and blue of each pixel side by side"):
         find_source(tmp_path / "flat.npz").read()
+    noise = np.random.default_rng(0).integers(0, 256, (1, 3072), dtype=np.uint8)    # which is no smoother either way
+    assert sources.as_images(noise, "").shape == (1, 32, 32, 3)
     np.savez(tmp_path / "flat.npz", x=images.transpose(0, 3, 1, 2).reshape(30, -1), y=np.arange(30) % 3)
     assert np.array_equal(find_source(tmp_path / "flat.npz").read().train.images[0], images[0])
 
@@ -892,10 +939,23 @@ def test_parquet_files_without_names_or_test_split(tmp_path):
     assert read.classes == ("0", "1", "2") and len(read.test.labels) == 6 and len(read.train.labels) == 24
 
 
+def cut_in_a_cell(path):
+    """A parquet file whose labels can be read and whose images cannot."""
+    import pyarrow.parquet
+    write_parquet(path, 3)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    content, start = path.read_bytes(), column.dictionary_page_offset or column.data_page_offset
+    path.write_bytes(content[:start] + b"\xff" * 40 + content[start + 40:])
+
+
 @pytest.mark.parametrize("write, message", [
     (lambda p: write_parquet(p, 3, image="picture"), "has the columns picture, label"),
     (lambda p: write_parquet(p, 3, label="coarse_label"), "expected img or image, and label or fine_label"),
-    (lambda p: write_parquet(p, 3, labels=[0, 1, -1]), "without a label"),
+    (lambda p: write_parquet(p, 3, labels=[0, 1, -1]), "train has samples without a label .-1."),
+    (lambda p: write_parquet(p, 3, labels=[0, 1, None]), "train has samples without a label .None."),
+    (lambda p: write_parquet(p, 3, labels=[True, False, True]), "labels such as True .bool., expected numbers or words"),
+    (lambda p: (write_parquet(p, 3), write_parquet(p.with_name("test-0.parquet"), 3, labels=[-1] * 3)), "move test-.*.parquet away"),
+    (cut_in_a_cell, "no readable parquet file"),
     (lambda p: p.write_bytes(b"PAR1 no table"), "no readable parquet file")])
 def test_bad_parquet_files_are_refused(tmp_path, write, message):
     write(tmp_path / "train-0.parquet")

@@ -12,8 +12,8 @@ from PIL import Image
 
 import seresnet
 from conftest import COLOURS as CLASSES
-from conftest import run_module
-from seresnet import checkpoint, inputs, report
+from conftest import in_child, run_module
+from seresnet import checkpoint, inputs, report, runtime
 from seresnet.beton import write_beton
 from seresnet.files import SourceError
 from seresnet.imageset import Split
@@ -158,11 +158,38 @@ def test_a_beton_and_a_folder(tmp_path):
     assert inputs.read_unlabelled(tmp_path, 32).ids[-1] == "sub/7"
     (tmp_path / "2.png").rename(tmp_path / "007.png")    # by their number, not by their length
     assert inputs.read_unlabelled(tmp_path, 32).ids[5:8] == ["6", "007", "8"]
+    (tmp_path / "elsewhere/deeper").mkdir(parents=True)
+    (tmp_path / "elsewhere/deeper/linked").symlink_to(tmp_path / "sub")
+    assert "left out: 1 pictures" in (told := inputs.read_unlabelled(tmp_path, 32).left_out)
+    assert f"and what is behind 1 links to folders, such as {tmp_path / 'elsewhere/deeper/linked'}" in told
+    with pytest.raises(SourceError, match="elsewhere: holds no .* files .left out: what is behind 1 links"):
+        inputs.read_unlabelled(tmp_path / "elsewhere", 32)
     (tmp_path / "else.png").mkdir()    # a folder, whatever it is called
     assert len(inputs.read_unlabelled(tmp_path, 32).ids) == 12
     Image.fromarray(IMAGES[0]).save(tmp_path / "3.jpg")
     with pytest.raises(SourceError, match="1 ids more than once, such as '3'"):
         inputs.read_unlabelled(tmp_path, 32)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become somebody else")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.name.startswith(("pytest", "test")):
+            os.chmod(parent, 0o755)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    (tmp_path / "private").mkdir(mode=0)
+    assert "private: Permission denied: make it readable" in in_child(lambda: inputs.read_unlabelled(tmp_path, 32).ids, 65534)
+    (tmp_path / "private").rmdir()
+    assert in_child(lambda: inputs.read_unlabelled(tmp_path, 32).ids, 65534) == "['0']"
+
+
+def test_what_the_memory_does_not_hold_is_not_read(tmp_path, monkeypatch):
+    write_beton(tmp_path / "x.beton", Split(IMAGES, np.arange(12) % 2), classes=("a", "b"), name="x", source="x", fingerprint="f")
+    ROWS.tofile(tmp_path / "x.bin")
+    monkeypatch.setattr(runtime, "free_memory_of_machine", lambda: ROWS.nbytes - 1)
+    for name in ("x.beton", "x.bin"):
+        with pytest.raises(SourceError, match="the images take 0 MiB of memory, 0 MiB are free: predict them in parts"):
+            inputs.read_unlabelled(tmp_path / name, 32)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")
