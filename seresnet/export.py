@@ -56,7 +56,8 @@ def export(net: trained.TrainedNet, kind: str, path: Path, tta: str = "none") ->
         if kind == "torchscript":
             torch.jit.trace(module, example).save(str(path))
         elif kind == "exported":
-            torch.export.save(torch.export.export(module, (example,), dynamic_shapes=(batch,)), path)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):    # of views of a tensor, which it keeps: the file is checked
+                torch.export.save(torch.export.export(module, (example,), dynamic_shapes=(batch,)), path)
         else:
             _require("onnx", "onnxscript", "onnxruntime")
             with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of torch's own code to itself

@@ -61,7 +61,8 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
     images = fit_images(found.images, size, fit) if size else found.images
     twice = [name for name, count in Counter(found.ids).items() if count > 1]
     if twice:
-        raise SourceError(f"{path}: has {len(twice)} ids more than once, such as {twice[0]!r}: every image needs its own")
+        way_out = ", which files of one name have with --suffix" if path.is_dir() and not suffix else ""
+        raise SourceError(f"{path}: has {len(twice)} ids more than once, such as {twice[0]!r}: every image needs its own{way_out}")
     if not len(images):
         raise SourceError(f"{path}: holds no images")
     return Unlabelled(found.ids, _expected(images, image_size, str(path)), found.left_out)

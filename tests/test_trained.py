@@ -167,7 +167,7 @@ def test_a_beton_and_a_folder(tmp_path):
     (tmp_path / "else.png").mkdir()    # a folder, whatever it is called
     assert len(inputs.read_unlabelled(tmp_path, 32).ids) == 12
     Image.fromarray(IMAGES[0]).save(tmp_path / "3.jpg")
-    with pytest.raises(SourceError, match="1 ids more than once, such as '3'"):
+    with pytest.raises(SourceError, match="1 ids more than once, such as '3': .* with --suffix"):
         inputs.read_unlabelled(tmp_path, 32)
 
 
