@@ -103,8 +103,8 @@ def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
     if not betons:
         try:
             found = find_source(data)
-            recipe = {"cifar10": "se94.yaml", "": "se94.yaml" if found.kind == "archive" else "own_images.yaml", "cifar100": "se95.yaml --beton.train data/cifar100_train.beton --beton.test "
-                      "data/cifar100_test.beton"}[found.official_name()]
+            recipe = {"cifar10": "se94.yaml", "": "se94.yaml" if found.kind == "archive" else "own_images.yaml",
+                      "cifar100": "se95.yaml --beton.train data/cifar100_train.beton --beton.test data/cifar100_test.beton"}[found.official_name()]
             yield Finding("data", True, f"{found.describe()}, not converted yet",
                           f"python write_datasets.py --config-file rn_configs/{recipe} --sources.path {shlex.quote(str(data))}")
         except MissingError:
