@@ -7,7 +7,6 @@ there, or one of other classes than the recipe's, and none downloaded, 130 inter
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def main() -> None:
     lost = [path for path, found in before.items() if wanted not in (0, len(images.classes)) and len(found.classes) == wanted]
     if lost:
         raise sources.MissingError(
-            f"{images.source}: has {len(images.classes)} classes ({_some(images.classes)}) and would take the place of {lost[0]}, which has "
+            f"{images.source}: has {len(images.classes)} classes ({report.some(images.classes, 10)}) and would take the place of {lost[0]}, which has "
             f"the {wanted} of model.classes: name another place with --sources.path, other files with --beton.train and --beton.test, or "
             "give --force")
     cifar10 = Path(config.Beton.train), Path(config.Beton.test)    # may be written of it in another layout
@@ -52,7 +51,7 @@ def main() -> None:
     if others and not named:
         raise runtime.UserError(f"{images.source}: is read because no place is named, and would take the place of {others[0]}: name the images with "
                                 "--sources.path, other files with --beton.train and --beton.test, or give --force")
-    print(f"classes: {_some(images.classes)}", flush=True)
+    print(f"classes: {report.some(images.classes, 10)}", flush=True)
     for name in outdated:
         started, split = time.perf_counter(), getattr(images, name)
         with report.CountBar(len(split.labels), name, " images") as bar:
@@ -62,10 +61,6 @@ def main() -> None:
         print(f"{name}: {written.path}: {written.samples:,} images of {written.width} x {written.height}, "
               f"{len(written.classes)} classes, mean {_pixels(written.mean)}, std {_pixels(written.std)}, written and "
               f"read back in {time.perf_counter() - started:.1f} s", flush=True)
-
-
-def _some(classes: Sequence[str]) -> str:
-    return ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
 
 
 def _pixels(values: tuple[float, ...]) -> str:

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from seresnet import runtime
+from seresnet import report, runtime
 
 
 def problems_with(own, **least: int) -> list[str]:
@@ -27,9 +27,9 @@ def device_of(settings):
 def out_folder(name: str) -> str:
     """An argument that names the folder to keep results in: it is made now, since what is measured may take an hour."""
     try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name}: cannot be created ({error.strerror})") from error
+        report.create_folder(Path(name))
+    except runtime.UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return name
 
 

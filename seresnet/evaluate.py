@@ -119,9 +119,8 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         way_out = "give images of the classes that it was trained on"
         if all(name.isdecimal() for name in classes) and len(classes) <= len(net.classes):    # numbers, for want of names
             way_out += ", by their names: an array `classes` names them in an .npz file"
-        some = ", ".join([*strangers[:5], *(["..."] if len(strangers) > 5 else [])])
-        problems.append(f"--data {path}: has classes that the net has not ({some}), whose {len(net.classes)} are "
-                        f"{', '.join(net.classes[:5])}{', ...' if len(net.classes) > 5 else ''}: {way_out}")
+        problems.append(f"--data {path}: has classes that the net has not ({report.some(strangers, 5)}), whose {len(net.classes)} are "
+                        f"{report.some(net.classes, 5)}: {way_out}")
     else:
         labels = np.array([net.classes.index(name) for name in classes], np.int64)[labels]
     if images.shape[1:3] != (net.image_size, net.image_size):

@@ -44,19 +44,14 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
-def files_below(folder: Path, unreadable: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+def files_below(folder: Path, all_of_them: bool = False) -> Iterator[Path]:
     """Every file in `folder` at any depth, in a fixed order; not behind links to folders, which may lead anywhere, and in circles.
-    unreadable: is told of folders that may not be read, which are passed over otherwise."""
-    for place, folders, names in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        yield from (Path(place, name) for name in sorted(names))
-
-
-def all_files_below(folder: Path) -> Iterator[Path]:
-    """As files_below. Raises SourceError where a folder may not be read."""
+    Folders that may not be read are passed over, or, where `all_of_them` are wanted, raise SourceError."""
     def refuse(error: OSError) -> None:
         raise SourceError(f"{error.filename}: {error.strerror}: make it readable, or move it away") from error
-    return files_below(folder, refuse)
+    for place, folders, names in os.walk(folder, onerror=refuse if all_of_them else None):
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def left_out(folder: Path, taken: Iterable[Path]) -> str:
@@ -66,13 +61,14 @@ def left_out(folder: Path, taken: Iterable[Path]) -> str:
 
     def shown(file: Path) -> bool:
         return not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    rest = sorted(file for file in files_below(folder) if file.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES) and file not in taken
-                  and shown(file))
     behind = {place for parent in {file.parent for file in taken} for place in (parent, *parent.parents)}
-    links = sorted(link for place, folders, _ in os.walk(folder) for name in folders
-                   if (link := Path(place, name)).is_symlink() and link not in behind and shown(link))
-    told = [f"{len(rest):,} pictures in other places or formats, such as {rest[0]}"] if rest else []
-    told += [f"what is behind {len(links):,} links to folders, such as {links[0]}"] if links else []
+    rest, links = [], []
+    for place, folders, names in os.walk(folder):
+        rest += [file for name in names if (file := Path(place, name)).suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
+                 and file not in taken and shown(file)]
+        links += [link for name in folders if (link := Path(place, name)).is_symlink() and link not in behind and shown(link)]
+    told = [f"{len(rest):,} pictures in other places or formats, such as {min(rest)}"] if rest else []
+    told += [f"what is behind {len(links):,} links to folders, such as {min(links)}"] if links else []
     return f"left out: {', and '.join(told)}" if told else ""
 
 

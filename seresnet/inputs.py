@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seresnet.beton import open_beton, read_images
-from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, all_files_below, as_text, check_room, fit_images, in_small_letters, is_image,
+from seresnet.files import (IMAGE_SUFFIXES, OTHER_PICTURES, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
                             left_out, load_pickle, read_arrays, read_image, read_image_files)
 from seresnet.sources import as_images
 
@@ -76,7 +76,7 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
 
 
 def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix: bool) -> Unlabelled:
-    names = [name for name in (file.relative_to(path) for file in all_files_below(path)) if is_image(name)]
+    names = [name for name in (file.relative_to(path) for file in files_below(path, all_of_them=True)) if is_image(name)]
     if not names:
         passed_over = left_out(path, ())
         raise SourceError(f"{path}: holds no {', '.join(IMAGE_SUFFIXES)} files{f' ({passed_over})' if passed_over else ''}")

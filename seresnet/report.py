@@ -392,6 +392,11 @@ def check_picture(path: Path | str) -> None:
     check_writable(path, kinds=PICTURE_SUFFIXES)
 
 
+def some(names: Sequence[str], most: int) -> str:
+    """The first `most` of the names, and that there are more where there are."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+
+
 def create_folder(path: Path) -> None:
     """Make sure that there is a folder `path`. Raises UserError where there cannot be one."""
     try:
