@@ -7,7 +7,12 @@ failed, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM: after these --run.
 import argparse
 import sys
 
-from seresnet import config, runtime
+from seresnet import runtime
+
+if __name__ == "__main__":
+    runtime.check_packages()
+
+from seresnet import config    # noqa: E402
 
 
 def main() -> None:

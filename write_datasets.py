@@ -10,7 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from seresnet import beton, config, report, runtime, sources
+from seresnet import runtime
+
+if __name__ == "__main__":
+    runtime.check_packages()
+
+from seresnet import beton, config, report, sources    # noqa: E402
 
 
 def main() -> None:

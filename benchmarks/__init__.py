@@ -5,7 +5,11 @@ import re
 import sys
 from pathlib import Path
 
-from seresnet import report, runtime
+from seresnet import runtime
+
+runtime.check_packages()    # each benchmark is a program that imports them next
+
+from seresnet import report    # noqa: E402
 
 
 def problems_with(own, **least: int) -> list[str]:

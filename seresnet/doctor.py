@@ -16,9 +16,6 @@ from typing import NamedTuple
 
 from seresnet import runtime    # which needs no package: it is these that may be missing
 
-NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs",
-          "terminaltables": "pip install terminaltables",    # which fastargs imports and does not ask for
-          "yaml": "pip install PyYAML", "PIL": "pip install pillow"}
 OPTIONAL = {
     "ffcv": ("streaming of sets that do not fit into memory", "make setup, or: README, \"Install\""),
     "torchvision": ("downloads of CIFAR-10", "pip install torchvision"), "sklearn": ("the digits set", "pip install scikit-learn"),
@@ -48,12 +45,13 @@ def examine(data: Path) -> Iterator[Finding]:
     wanting = [name for name in ("torch", "ffcv") if runtime.is_installed(name)]    # libraries of the system
     with ThreadPoolExecutor() as pool:    # side by side: seconds each
         broken = dict(zip(wanting, pool.map(why_not_imported, wanting)))
-    for name, command in NEEDED.items():
+    activate = "" if all(map(runtime.is_installed, runtime.NEEDED)) else runtime.environment_to_activate()
+    for name, command in runtime.NEEDED.items():
         there = runtime.is_installed(name)
         if broken.get(name):
             yield Finding(name, False, f"cannot be imported ({broken[name]})", "make setup, or install it again as README, \"Install\"")
         else:
-            yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else command)
+            yield Finding(name, there, versions.get(name, "installed") if there else "not installed", "" if there else activate or command)
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
         if broken.get(name):
@@ -61,7 +59,7 @@ def examine(data: Path) -> Iterator[Finding]:
         elif there:
             yield Finding(name, True, versions.get(name, "installed"))
         else:
-            yield Finding(name, None, f"not installed; for {use}", command)
+            yield Finding(name, None, f"not installed; for {use}", activate or command)
     if runtime.is_installed("torch") and runtime.is_installed("numpy") and not broken.get("torch"):
         machine = runtime.describe_machine()
         yield Finding("GPU", True if "gpu" in machine else None, str(machine.get("gpu", "none: trainings run on the CPU")))
@@ -84,8 +82,11 @@ def examine(data: Path) -> Iterator[Finding]:
 
 def why_not_imported(package: str) -> str:
     """The last line of what a process of its own says that imports `package`; nothing where that works."""
+    # FFCV as the programs import it, in half the time; the interpreter takes a second to take down what torch has made
+    load = "from seresnet import runtime; runtime.import_ffcv()" if package == "ffcv" else f"import {package}"
+    code = f"import os, sys; sys.path.append({str(Path(__file__).parents[1])!r}); {load}; os._exit(0)"
     try:
-        done = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return ((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]) if done.returncode else ""

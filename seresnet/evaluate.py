@@ -17,6 +17,7 @@ from typing import NamedTuple
 from seresnet import runtime
 
 if __name__ == "__main__":
+    runtime.check_packages()
     runtime.tune_allocator()    # before torch is imported: it starts this once more
 
 import numpy as np    # noqa: E402

@@ -15,14 +15,19 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from seresnet import beton, report, runtime, trained
+from seresnet import runtime
 from seresnet.runtime import UserError
-from seresnet.tta import VIEWS
+
+if __name__ == "__main__":
+    runtime.check_packages()
+
+import numpy as np    # noqa: E402
+import torch    # noqa: E402
+import torch.nn.functional as F    # noqa: E402
+from torch import nn    # noqa: E402
+
+from seresnet import beton, report, trained    # noqa: E402
+from seresnet.tta import VIEWS    # noqa: E402
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "exported": ".pt2"}
 CHECKED = 1000           # test images

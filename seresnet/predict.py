@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from seresnet import runtime
 
 if __name__ == "__main__":
+    runtime.check_packages()
     runtime.tune_allocator()    # before torch is imported: it starts this once more
 
 import numpy as np    # noqa: E402

@@ -9,10 +9,15 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
+from seresnet import runtime
 
-from seresnet import config, loop, pictures, report, runtime
+if __name__ == "__main__":
+    runtime.check_packages()
+
+import numpy as np    # noqa: E402
+import torch    # noqa: E402
+
+from seresnet import config, loop, pictures, report    # noqa: E402
 
 
 def augmented(settings: config.Config, images: int, epochs: int) -> tuple[np.ndarray, list[str]]:

@@ -30,13 +30,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
 
-import yaml
-
 from seresnet import runtime
-from seresnet.files import IMAGE_SUFFIXES
-from seresnet.pictures import SUFFIXES as PICTURE_SUFFIXES
-from seresnet.pictures import draw_curves, draw_runs
 from seresnet.runtime import UserError
+
+if __name__ == "__main__":
+    runtime.check_packages("yaml", "numpy", "PIL")
+
+import yaml    # noqa: E402
+
+from seresnet.files import IMAGE_SUFFIXES    # noqa: E402
+from seresnet.pictures import SUFFIXES as PICTURE_SUFFIXES    # noqa: E402
+from seresnet.pictures import draw_curves, draw_runs    # noqa: E402
 
 T = TypeVar("T")
 CHECKPOINTS = ("weights.pt", "best.pt", "last.pt")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import gc
 import glob
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +43,9 @@ ALLOCATOR_TUNABLES = {
 # to. Where another program computes on a core, the one that is waited for cannot run while the others look out: two trainings at once
 # took six times as long as with this number, which costs a training alone nothing (records/2026-11-27_waiting).
 SPINS = "5000"
+# What every program imports; terminaltables is what fastargs imports and does not ask for. doctor says how each is installed.
+NEEDED = {"torch": "pip install torch", "numpy": "pip install numpy", "fastargs": "pip install fastargs",
+          "terminaltables": "pip install terminaltables", "yaml": "pip install PyYAML", "PIL": "pip install pillow"}
 DEVICES = r"auto|cpu|mps|cuda(:\d{1,2})?"    # what run.device and --device may be
 _TUNED_MARK = "SERESNET_ALLOCATOR"
 LOADED = time.perf_counter()
@@ -285,6 +290,7 @@ def _leave(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    gc.freeze()    # or the interpreter looks for garbage among all that torch has made, several times, for a second
     sys.exit(status)
 
 
@@ -659,6 +665,25 @@ def is_installed(package: str) -> bool:
         return sys.modules[package] is not None
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None    # without: a folder of that name, such as W&B leaves where it ran
+
+
+def check_packages(*names: str) -> None:
+    """End the program where a package that it is about to import is not installed (`names`; none: NEEDED), which is one line, not a
+    traceback: most often `make setup` has made an environment, and this is not its Python."""
+    missing = [name for name in names or NEEDED if not is_installed(name)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        mend = environment_to_activate() or "`make setup`, or README, \"Install\""
+        sys.exit(_complain((f"{', '.join(missing)} {verb} not installed for {sys.executable}: {mend}",), 2))
+
+
+def environment_to_activate() -> str:
+    """The command that activates the environment of `make setup`, where there is one and this Python is not its; else nothing."""
+    environment = Path(__file__).parents[1] / ".venv"
+    script = environment / "bin/activate"
+    if not script.is_file() or Path(sys.prefix).resolve() == environment.resolve():
+        return ""
+    return f"`. {shlex.quote(os.path.relpath(script))}`, the environment that `make setup` has made"
 
 
 def pick_device(name: str, of: Launch = Launch()) -> torch.device:

@@ -264,3 +264,22 @@ def test_a_bare_folder_is_no_package(tmp_path, monkeypatch):
     (tmp_path / "a_tracker/__init__.py").touch()
     importlib.invalidate_caches()
     assert runtime.is_installed("a_tracker") and runtime.is_installed("torch") and not runtime.is_installed("no_such_package")
+
+
+@pytest.mark.parametrize("program", ["ffcv_train.py", "write_datasets.py", "-m benchmarks.compare",
+                                     *(f"-m seresnet.{name}" for name in ("predict", "evaluate", "report", "export", "preview"))])
+def test_a_python_without_the_packages_ends_a_program_in_one_line(program):
+    done = subprocess.run([sys.executable, "-S", *program.split()], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
+    assert f"PIL are not installed for {sys.executable}: " in done.stderr and "make setup" in done.stderr
+
+
+def test_an_environment_that_is_not_active_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "a clone/seresnet/runtime.py"))
+    monkeypatch.chdir(tmp_path)
+    assert runtime.environment_to_activate() == ""
+    (tmp_path / "a clone/.venv/bin").mkdir(parents=True)
+    (tmp_path / "a clone/.venv/bin/activate").touch()
+    assert runtime.environment_to_activate() == "`. 'a clone/.venv/bin/activate'`, the environment that `make setup` has made"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "a clone/.venv"))
+    assert runtime.environment_to_activate() == ""
