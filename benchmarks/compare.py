@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with, short
-from benchmarks.time_to_accuracy import (OneProgram, Trainings, accuracy_figures, arguments_of, environments_of, names_seed, of_several_commits,
-                                         paid_for_others, read_report)
+from benchmarks.time_to_accuracy import (OneProgram, Refused, Trainings, accuracy_figures, arguments_of, environments_of, names_seed,
+                                         of_several_commits, paid_for_others, read_report)
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -101,9 +101,20 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
     """Train what is to do, `jobs` at a time, in its order; returns what failed, a line each. One that fails leaves the others alone;
     a signal to stop reaches them all, and they are waited for."""
     failed: list[str] = []
+    refused: list[Refused] = []
     jobs = max(1, min(jobs, len(todo)))
+
+    def train(arguments: list[str], folder: Path) -> None:
+        if refused:    # in a thread of the pool, which takes the next one before anybody hears of the last
+            raise refused[0]
+        try:
+            trainings.run(arguments, folder, jobs)
+        except Refused as error:
+            if ends_all(folder, error):
+                refused.append(error)
+            raise
     with Trainings() as trainings, ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(trainings.run, arguments, folder, jobs): folder for arguments, folder in todo}
+        running = {pool.submit(train, arguments, folder): folder for arguments, folder in todo}
         try:
             for future in as_completed(running):
                 tell(running[future], future.exception(), failed)
@@ -130,13 +141,18 @@ def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, co
     return failed
 
 
+def ends_all(folder: Path, error: BaseException) -> bool:
+    """Whether the recipe as it is was refused: so would its variants be, and without it there is nothing to compare them with."""
+    return isinstance(error, Refused) and folder.parent.name == folder_name(AS_IT_IS)
+
+
 def tell(folder: Path, error: BaseException | None, failed: list[str]) -> None:
-    """Print what a training has reached, or note that it failed. Raises what is no failure of a training."""
+    """Print what a training has reached, or note that it failed. Raises what is no failure of a training, or of all."""
     if error is None:
         outcome = read_report(folder)
         seconds = f" in {outcome['train_seconds']:.1f} s of training" if outcome["seconds"] is not None else ""
         print(f"{folder.parent.name}, seed {outcome['seed']}: {outcome['accuracy_tta']:.2%}{seconds}", flush=True)
-    elif isinstance(error, runtime.UserError):
+    elif isinstance(error, runtime.UserError) and not ends_all(folder, error):
         failed.append(f"{folder.parent.name}, {error}")
     else:
         raise error

@@ -69,6 +69,13 @@ class Diverged(runtime.UserError):
                          "another learning rate and another --out")
 
 
+class Refused(runtime.UserError):
+    """A training that was refused, or could not write: the user has something to mend first, in config, data or disk."""
+
+    def __init__(self, folder: Path, told: str):
+        super().__init__(f"{folder.name.replace('-', ' ')}: {told.removeprefix('error: ')}: mend that, and {WAY_ON}")
+
+
 class Trainings:
     """Starts ffcv_train.py, as often as it is asked to, and from several threads if need be.
 
@@ -105,7 +112,7 @@ class Trainings:
     def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. One whose
         device fails, or that machine code ends, goes on once from the state that it saved last. Raises UserError where it fails,
-        Diverged where it did, runtime.Interrupted where it was stopped, or would have been started after that."""
+        Refused where something has to be mended first, Diverged where it did, runtime.Interrupted where it was stopped, or would have been started after that."""
         started = time.perf_counter()
         status, told = self._run(arguments, folder)
         if status in CRASHES and (folder / "last.pt").exists() and not (folder / "report.json").exists():
@@ -113,6 +120,8 @@ class Trainings:
             status, told = self._run(arguments if arguments[0] == "--run.resume" else ["--run.resume", str(folder)], folder)
         if status == DIVERGED:
             raise Diverged(folder, told[-500:])
+        if status == runtime.UserError.status:
+            raise Refused(folder, told[-500:])
         if status:
             raise runtime.UserError(f"{folder.name.replace('-', ' ')}: the training ended with status {status}: "
                                     f"{told[-500:]}: what has ended is kept: {WAY_ON}")
@@ -170,6 +179,7 @@ class OneProgram:
             dead = isinstance(error, runtime.DeviceFailed) or not runtime.cuda_answers()
             kind = runtime.DeviceFailed if dead else runtime.UserError
             failed = (Diverged(folder, told) if isinstance(error, runtime.NonFiniteLoss) and not dead else
+                      Refused(folder, told) if isinstance(error, runtime.UserError) and not dead else
                       kind(f"{folder.name.replace('-', ' ')}: {told}: what has ended is kept: {WAY_ON}"))
             traceback.clear_frames(error.__traceback__)    # which hold the session
         gc.collect()    # so do cycles: what its steps are recorded in, on a GPU its memory

@@ -60,8 +60,10 @@ def holdout_split(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
         raise LoaderError(f"evaluate.holdout_size: got {size}, expected a multiple of the {classes} classes")
     counts = np.bincount(labels, minlength=classes)
     if counts.min() <= a_class:
-        raise LoaderError(f"evaluate.holdout_size: got {size}, {a_class} images a class, but class {counts.argmin()} has "
-                          f"only {counts.min()}: choose less than {counts.min() * classes}")
+        fewest = int(counts.min())
+        way = (f"give at most {(fewest - 1) * classes}, such as --evaluate.holdout_size {max(1, fewest // 5) * classes}" if fewest > 1
+               else "it wants more images, or --evaluate.split test")
+        raise LoaderError(f"evaluate.holdout_size: got {size}, {a_class} images a class, but class {counts.argmin()} has only {fewest}: {way}")
     held = np.concatenate([np.flatnonzero(labels == c)[-a_class:] for c in range(classes)])
     is_held = np.zeros(len(labels), bool)
     is_held[held] = True

@@ -293,6 +293,24 @@ def test_variants_may_be_trained_in_one_program(comparison, monkeypatch, capsys)
         compare.main()
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_recipe_that_is_refused_is_not_tried_again(comparison, monkeypatch, together):
+    """Nor are its variants begun: a holdout that the set does not fill is none to any of them."""
+    arguments, out = comparison
+    begun, name = [], "OneProgram" if together else "Trainings"
+    run = getattr(time_to_accuracy, name).run
+    monkeypatch.setattr(getattr(time_to_accuracy, name), "run", lambda *args: (begun.append(args[2]), run(*args)))
+    monkeypatch.setattr(sys, "argv", [*(f"{out}-refused" if word == str(out) else word for word in arguments), "--evaluate.holdout_size", "600",
+                                      "--run.tune_allocator", "false", *["--one-program"] * together])
+    with pytest.raises(runtime.UserError, match="^seed 10: evaluate.holdout_size: got 600, .*: mend that, and start this again") as caught:
+        compare.main()
+    assert [folder.parent.name for folder in begun][:1] == ["as_it_is"] and len(begun) == 1, caught.value
+    variant = Path(out) / "optim.lr_1" / "seed-10"
+    failed = []
+    compare.tell(variant, time_to_accuracy.Refused(variant, "error: optim.lr: no"), failed)
+    assert failed == ["optim.lr_1, seed 10: optim.lr: no: mend that, and start this again, it goes on where it was"]
+
+
 def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monkeypatch, capsys, tmp_path):
     """A defect is the first one's alone, whose time is not the second's; behind a device that has failed nothing is begun."""
     begun, settings = [], config.build({"run.tune_allocator": False})
@@ -394,7 +412,7 @@ def test_a_series_that_is_stopped_hands_it_on_and_waits_for_its_trainings_to_sav
 @pytest.mark.skipif(sys.platform == "win32", reason="what ends by a signal has another status there")
 @pytest.mark.parametrize("crash, saved, times, message", [
     ("sys.exit(5)", True, 1, None), ("os.kill(os.getpid(), signal.SIGSEGV)", True, 1, None), ("sys.exit(5)", True, 2, "ended with status 5: no device"),
-    ("sys.exit(5)", False, 1, "ended with status 5: no device"), ("sys.exit(2)", True, 1, "ended with status 2: no device")])
+    ("sys.exit(5)", False, 1, "ended with status 5: no device"), ("sys.exit(1)", True, 1, "ended with status 1: no device")])
 def test_a_training_whose_device_fails_goes_on_once(tmp_path, monkeypatch, capfd, crash, saved, times, message):
     folder = tmp_path / "seed-3"
     folder.mkdir()
@@ -411,7 +429,7 @@ def test_a_training_whose_device_fails_goes_on_once(tmp_path, monkeypatch, capfd
                 trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
         else:
             trainings.run(["--run.folder", "seed-3"], Path("seed-3"))
-    goes_on = saved and "exit(2)" not in crash
+    goes_on = saved and "exit(1)" not in crash
     assert (tmp_path / "log").read_text().splitlines() == ["--run.folder seed-3", "--run.resume seed-3"][:1 + goes_on]
     assert (folder / "series.json").exists() == (message is None)
     assert ("no device: goes on from the state that was saved last" in capfd.readouterr().err) == goes_on

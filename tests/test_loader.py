@@ -71,7 +71,7 @@ def test_the_holdout_is_balanced_disjoint_and_fixed():
     assert held[labels[held] == 3].tolist() == np.flatnonzero(labels == 3)[-10:].tolist()
     with pytest.raises(LoaderError, match="multiple of the 10 classes"):
         holdout_split(labels, 101)
-    with pytest.raises(LoaderError, match="only 100: choose less than 1000"):
+    with pytest.raises(LoaderError, match="only 100: give at most 990, such as --evaluate.holdout_size 200"):
         holdout_split(labels, 1000)
 
 
