@@ -85,8 +85,8 @@ def main() -> None:
         problems.append("--precision fp32: Winograd's filtering needs numba, which is missing, turned off or does not work here")
     if problems:
         raise runtime.UserError(*problems)
-    results = [measure(side, own.channels_in or channels, channels, own.batch, own.rounds, own.precision)
-               for channels in own.channels for side in own.sides]
+    kinds = [(side, own.channels_in or channels, channels) for channels in own.channels for side in own.sides]
+    results = [measure(*kind, own.batch, own.rounds, own.precision) for kind in report.progress(kinds, len(kinds), "measuring", unit=" kinds")]
     units, fp32 = conv.has_matrix_units(), own.precision == "fp32"
     parts = ("forwards, torch", "Winograd") if fp32 else ("weights' gradient, torch", "side by side")
     whole = ("all, torch", "all, Winograd") if fp32 else ("all, torch", "all, gradient side by side", "all, throughout")

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import keep, out_folder
-from seresnet import config, runtime
+from seresnet import config, report, runtime
 
 # Published figures, for the estimate alone. bytes/s a GPU in one direction.
 NVLINK = 300e9        # A100 SXM, NVLink 3: 600 GB/s in both directions together (NVIDIA A100 data sheet)
@@ -202,10 +202,10 @@ def main() -> None:
     who = contenders(own.processes, runtime.available_cores())
     rounds: dict[str, list[dict]] = {name: [] for name in who}
     load = [os.getloadavg()[0]]
-    for _ in range(own.rounds):
-        for name, (count, threads, sync) in who.items():
-            rounds[name].append(launch(count, threads, sync, arguments))
-            load.append(os.getloadavg()[0])
+    todo = [*who] * own.rounds
+    for name in report.progress(todo, len(todo), "measuring", unit=" launches"):
+        rounds[name].append(launch(*who[name], arguments))
+        load.append(os.getloadavg()[0])
     size, sent = settings.loader.batch_size, traffic(settings)
     rows = [summarise(name, found, size) for name, found in rounds.items() if found]
     estimates = estimate(size, **sent)

@@ -91,7 +91,7 @@ def main() -> None:
                 session.optimizer.repeats = None
             steppers[way] = partial(steps, session, triton=triton)
             steppers[way](5)
-        for _ in range(own.rounds):
+        for _ in report.progress(range(own.rounds), own.rounds, "measuring", unit=" rounds"):
             for way, step in steppers.items():
                 results[way]["seconds"].append(step(own.steps) / own.steps)
         for way, step in steppers.items():

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from benchmarks import device_of, keep, out_folder
-from seresnet import config, runtime
+from seresnet import config, report, runtime
 
 WORKERS = 2    # of the DataLoader and of FFCV's example, which leave the augmentation to the CPU
 
@@ -172,7 +172,7 @@ def main() -> None:
                   torchvision_loader(beton, settings, device), ffcv_example(beton, settings, device)]
     for contender in contenders:    # the first one's first batch includes the import of FFCV
         contender.start()
-    for round_ in range(own.rounds):
+    for round_ in report.progress(range(own.rounds), own.rounds, "measuring", unit=" rounds"):
         for contender in contenders:
             contender.run(round_ + 1)
     reference = statistics.median(contenders[-2].rates)

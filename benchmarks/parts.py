@@ -45,7 +45,7 @@ def measure(settings, device, side: int, rounds: int, evaluation: bool = False) 
     images = torch.randn(settings.loader.batch_size, 3, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     labels = torch.arange(len(images), device=device) % settings.model.classes
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(rounds + 2):
+    for turn in report.progress(range(rounds + 2), rounds + 2, "measuring", unit=" rounds"):
         for count, way in enumerate(WAYS):
             clock = Clock(device)
             with parts(count), torch.inference_mode(evaluation), clock.lane("step"):

@@ -162,7 +162,7 @@ def main() -> None:
     found = {}
     for axis, values in cells.items():
         rows = []
-        for value in values:
+        for value in report.progress(values, len(values), axis, unit=" values"):
             done = subprocess.run([sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:], "--cell", f"{axis}={value}"],
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             if done.returncode:

@@ -85,19 +85,20 @@ def as_text(name: object) -> str:
         return content.decode("latin1")
 
 
-def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str = "resize", upright: bool = True) -> np.ndarray:
+def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str = "resize", upright: bool = True,
+               found: set[tuple[int, int]] | None = None) -> np.ndarray:
     """A PNG or JPEG file as uint8 (H, W, 3), RGB; grey values are repeated, CMYK is converted, 16 bits become 8.
 
     size: side to bring it to, 0 for the file's own height and width. fit: `resize` brings both sides to `size`, `crop`
     the shorter one, of which the middle is then cut out; both interpolate bicubically over the pixels that fall together.
-    upright: turn it as EXIF says that the camera was held. Raises SourceError naming the file, or `where` it came from.
+    upright: turn it as EXIF says that the camera was held. found: gets the file's own width and height, in pixels. Raises SourceError naming the file, or `where` it came from.
     """
     from PIL import Image
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # our own limit is lower than Pillow's
-        return _decoded(file, where or str(file), size, fit, upright)
+        return _decoded(file, where or str(file), size, fit, upright, found)
 
 
-def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bool) -> np.ndarray:
+def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bool, found: set[tuple[int, int]] | None) -> np.ndarray:
     from PIL import Image, ImageOps
     try:
         with Image.open(file, formats=("PNG", "JPEG")) as image:
@@ -110,6 +111,8 @@ def _decoded(file: Path | BinaryIO, where: str, size: int, fit: str, upright: bo
                 if image.getextrema()[3][0] < 255:
                     raise SourceError(f"{where}: is partly transparent: put it on a background first")
             image = _turned(image.convert("RGB")) if upright else image.convert("RGB")
+            if found is not None:
+                found.add(image.size)
             if size:
                 how = Image.Resampling.BICUBIC
                 image = image.resize((size, size), how) if fit == "resize" else ImageOps.fit(image, (size, size), how)
@@ -131,7 +134,8 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return small
 
 
-def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") -> Iterator[np.ndarray]:
+def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize",
+                     found: set[tuple[int, int]] | None = None) -> Iterator[np.ndarray]:
     """read_image of each, in their order, photographs on all cores: Pillow lets go of Python while it decodes and resizes, which of
     small pictures are shorter than handing one to a thread.
 
@@ -145,7 +149,7 @@ def read_image_files(files: Sequence[Path], size: int = 0, fit: str = "resize") 
 
     def decoded(file: Path) -> np.ndarray | None:
         try:
-            return _decoded(file, str(file), size, fit, True)
+            return _decoded(file, str(file), size, fit, True, found)
         except SourceError as error:
             problems.extend(error.problems)
             return None

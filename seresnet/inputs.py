@@ -22,11 +22,13 @@ BINARY_ROWS = (3073, 3074, 3072)    # CIFAR-10's rows (a label byte and the pixe
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """ids: one text an image, none twice. images: uint8 (N, H, W, 3), RGB. left_out: a line on pictures that were not read."""
+    """ids: one text an image, none twice. images: uint8 (N, H, W, 3), RGB. left_out: a line on pictures that were not read; fitted: one
+    on those that were of another size."""
 
     ids: list[str]
     images: np.ndarray
     left_out: str = ""
+    fitted: str = ""
 
 
 def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
@@ -45,10 +47,12 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
     if not path.exists():
         raise SourceError(f"--images {path}: does not exist (looked in {Path.cwd()})")
     size = 0 if fit == "none" else image_size
+    sizes: set[tuple[int, int]] = set()
     if path.is_dir():
-        found = _folder(path, image_size, size, fit, watch, suffix)
+        found = _folder(path, image_size, size, fit, watch, suffix, sizes)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
-        found = Unlabelled([path.name if suffix else path.stem], _expected(read_image(path, size=size, fit=fit)[None], image_size, str(path)))
+        found = Unlabelled([path.name if suffix else path.stem],
+                           _expected(read_image(path, size=size, fit=fit, found=sizes)[None], image_size, str(path)))
     elif path.suffix.lower() in OTHER_PICTURES:
         raise SourceError(f"{path}: is a picture in a format that we do not read: convert it to PNG or JPEG")
     elif path.suffix.lower() == ".beton":
@@ -59,13 +63,23 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
     else:
         found = _table(path)
     images = fit_images(found.images, size, fit) if size else found.images
+    sizes.add((found.images.shape[2], found.images.shape[1]))
     twice = [name for name, count in Counter(found.ids).items() if count > 1]
     if twice:
         way_out = ", which files of one name have with --suffix" if path.is_dir() and not suffix else ""
         raise SourceError(f"{path}: has {len(twice)} ids more than once, such as {twice[0]!r}: every image needs its own{way_out}")
     if not len(images):
         raise SourceError(f"{path}: holds no images")
-    return Unlabelled(found.ids, _expected(images, image_size, str(path)), found.left_out)
+    return Unlabelled(found.ids, _expected(images, image_size, str(path)), found.left_out, _fitted(sizes, image_size, fit))
+
+
+def _fitted(sizes: set[tuple[int, int]], side: int, fit: str) -> str:
+    """A line on what was done to images whose sizes (width, height) are not the net's; nothing where there were none."""
+    others = sorted(sizes - {(side, side)}, key=lambda size: (size[0] * size[1], size))
+    if not others:
+        return ""
+    texts = [f"{width} x {height}" for width, height in dict.fromkeys((others[0], others[-1]))]
+    return f"images of {' to '.join(texts)} pixels were brought to {side} x {side} by {fit} (--fit none refuses them)"
 
 
 def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
@@ -75,7 +89,7 @@ def _expected(images: np.ndarray, side: int, where: str) -> np.ndarray:
     return images
 
 
-def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix: bool) -> Unlabelled:
+def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix: bool, sizes: set[tuple[int, int]]) -> Unlabelled:
     names = [name for name in (file.relative_to(path) for file in files_below(path, all_of_them=True)) if is_image(name)]
     if not names:
         passed_over = left_out(path, ())
@@ -83,7 +97,7 @@ def _folder(path: Path, side: int, size: int, fit: str, watch: Callable, suffix:
     names.sort(key=lambda name: (str(name.parent), int(name.stem) if name.stem.isdecimal() else -1, str(name)))
     check_room(len(names) * side * side * 3, IN_PARTS)
     images = np.empty((len(names), side, side, 3), np.uint8)
-    for i, image in enumerate(watch(read_image_files([path / name for name in names], size, fit), len(names))):
+    for i, image in enumerate(watch(read_image_files([path / name for name in names], size, fit, sizes), len(names))):
         images[i] = _expected(image[None], side, str(path / names[i]))[0]
     ids = [(name if suffix else name.with_suffix("")).as_posix() for name in names]
     return Unlabelled(ids, images, left_out(path, (path / name for name in names)))

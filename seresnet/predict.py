@@ -77,8 +77,8 @@ def main() -> None:
         report.say(text.removesuffix("\n"))
     else:
         report.write_text(options.out, text)
-    if found.left_out:
-        report.say(found.left_out, aside=to_stdout)
+    for line in filter(None, (found.left_out, found.fitted)):
+        report.say(line, aside=to_stdout)
     report.say(f"{len(found.ids):,} images in {seconds:.1f} s ({len(found.ids) / seconds:,.0f} images/s; reading {read_seconds:.1f} s), "
                f"{net.path}{net.progress}, TTA {options.tta or net.tta}: {options.out}", aside=to_stdout)
 

@@ -171,6 +171,17 @@ def test_a_beton_and_a_folder(tmp_path):
         inputs.read_unlabelled(tmp_path, 32)
 
 
+def test_what_was_done_to_images_of_another_size_is_told(tmp_path):
+    for name, size in (("0.png", (20, 30)), ("1.png", (16, 16)), ("2.jpg", (50, 40)), ("3.png", (45, 20))):
+        Image.new("RGB", size).save(tmp_path / name)
+    assert inputs.read_unlabelled(tmp_path, 16, "crop").fitted == "images of 20 x 30 to 50 x 40 pixels were brought to 16 x 16 by crop (--fit none refuses them)"
+    assert "images of 45 x 20 pixels were brought to 16 x 16 by resize" in inputs.read_unlabelled(tmp_path / "3.png", 16, "resize").fitted
+    assert inputs.read_unlabelled(tmp_path / "1.png", 16, "resize").fitted == ""
+    np.save(tmp_path / "x.npy", IMAGES)
+    assert "images of 32 x 32 pixels were" in inputs.read_unlabelled(tmp_path / "x.npy", 16, "resize").fitted
+    assert inputs.read_unlabelled(tmp_path / "x.npy", 32, "resize").fitted == ""
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become somebody else")
 def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     for parent in (tmp_path, *tmp_path.parents):
