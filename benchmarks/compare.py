@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import keep, problems_with, short
-from benchmarks.time_to_accuracy import (OneProgram, Refused, Trainings, accuracy_figures, arguments_of, environments_of, names_seed,
-                                         of_several_commits, paid_for_others, read_report)
+from benchmarks.time_to_accuracy import (OneProgram, Refused, Trainings, accuracy_figures, announce, arguments_of, environments_of,
+                                         names_seed, of_several_commits, paid_for_others, read_report)
 from seresnet import config, report, runtime
 
 AS_IT_IS = "as it is"
@@ -221,6 +221,7 @@ def main() -> None:
               for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
     prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
     todo = [(arguments, folder) for arguments, folder in prepared if arguments]
+    announce([*places.values()], f"{own.out}/{recipe}/*/seed-*")
     failed = run_here(todo, variants[AS_IT_IS], len(places)) if own.one_program else run_all(todo, own.jobs)
     runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
     ended = [folder for folder in places.values() if (folder / "report.json").exists()]

@@ -286,6 +286,12 @@ def _other_images(settings: config.Config, folder: Path) -> Iterator[tuple[str, 
             yield split, path
 
 
+def announce(folders: Sequence[Path], place: str) -> None:
+    """Say how many trainings there are, which may take hours and print nothing, how many have ended before, and what tells of the others."""
+    ended = sum((folder / "report.json").exists() for folder in folders)
+    report.say(f"{len(folders)} trainings, of which {ended} have ended before; the epochs of the one at work: {place}/log.jsonl", aside=True)
+
+
 def names_seed(argv: Sequence[str]) -> bool:
     """Whether a command line gives a seed, which a series would overrule; one in a config file is that of the run it was kept of."""
     return any(word.partition("=")[0] == "--run.seed" for word in argv)
@@ -335,9 +341,11 @@ def main() -> None:
 
     def folder_of(seed: int) -> Path:
         return Path(own.out) / settings.recipe / f"seed-{seed}"
+    seeds = range(own.first_seed, own.first_seed + own.seeds)
+    announce([*map(folder_of, seeds)], f"{own.out}/{settings.recipe}/seed-*")
     runs, diverged = [], {}
     with nullcontext(OneProgram(settings, own.seeds)) if own.one_program else Trainings() as trainings:
-        for seed in range(own.first_seed, own.first_seed + own.seeds):
+        for seed in seeds:
             try:
                 run = run_seed(trainings, settings, seed, folder_of(seed))
             except Diverged as error:

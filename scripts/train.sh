@@ -34,7 +34,10 @@ if [ -n "${CIFAR10_DIR:-}" ] && ! own_recipe; then
 else
     status=0
     convert "$@" || status=$?
-    if [ $status = 4 ] && own_data "$@"; then exit 4; fi
+    if [ $status = 4 ] && own_data "$@"; then
+        case " $* " in *" --sources."*) ;; *) echo "To name the folder: make train CONFIG=$config ARGS=\"--sources.path FOLDER\"" >&2 ;; esac
+        exit 4
+    fi
     train=$(given --beton.train data/cifar10_train.beton "$@") test=$(given --beton.test data/cifar10_test.beton "$@")
     if [ $status = 4 ] && [ -f "$train" ] && [ -f "$test" ]; then
         echo "What was converted before is there: $train and $test."

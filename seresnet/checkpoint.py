@@ -54,7 +54,7 @@ def load(path: Path | str) -> dict:
     try:
         file = open(path, "rb")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): give the path of a weights.pt") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): name a run folder, or its weights.pt or best.pt") from error
     with file:
         return _read(file, path)
 

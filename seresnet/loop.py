@@ -42,6 +42,7 @@ SMALLEST_SCALE = 2.0**-24    # of fp16's gradients: 40 steps in a row that gave 
 # that Triton is loaded, in 2.6 s, whose passes saved 0.5 to 2.9 ms a step, more in larger nets: paid back after 900 steps of se96, and
 # 4,600 of se95 (records/2026-11-27_gpu).
 MANY_STEPS = 2000
+FEW_KEYS = 4             # that runs of one recipe differ in where one was mistyped, or left out
 WHITENING_IMAGES = 5000    # as many as Jordan's listing (arXiv 2404.00498, appendix) takes
 
 
@@ -71,7 +72,9 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
             betons[name] = open_beton(getattr(config.beton, name), classes=wanted.classes or None,
                                       image_size=wanted.image_size or None, verify=config.beton.verify)
         except runtime.UserError as error:
-            problems += error.problems
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            problems += error.problems if not missing else [f"beton.{name}: {getattr(config.beton, name)} is not there: write it with "
+                                                            f"`{_how_to_write(config)}`, or name another with --beton.{name}"]
     if "train" in betons:
         config = _fitted(config, betons["train"])
         problems += contradictions(config)    # of the data's classes and image size
@@ -94,7 +97,8 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
         fewest = round(min(config.loop.hardest) * (betons["train"].samples - held))
         if fewest < (config.loader.batch_size if config.loader.drop_last else 1):
             problems.append(f"loop.hardest: got {min(config.loop.hardest)}, which leaves {max(0, fewest)} images and no batch of "
-                            f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches")
+                            f"loader.batch_size = {config.loader.batch_size}: give a larger share, or smaller batches"
+                            + (f", such as --loader.batch_size {fewest}" if fewest > 0 else ""))
     if model is not None and not problems and (alone := _batch_of_one(config, model, betons["train"].samples - held, of.world)):
         problems.append(alone)
     if problems:
@@ -103,6 +107,13 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
         return config, Data(betons["train"], betons["test"]), model
     kept, held = holdout_split(betons["train"].labels, config.evaluate.holdout_size)
     return config, Data(betons["train"], betons["train"], kept, held), model
+
+
+def _how_to_write(config: Config) -> str:
+    """The command that writes the betons of this config's recipe, with `...` for what is not known of it."""
+    recipe = Path("rn_configs", f"{config.recipe}.yaml")
+    source = "" if config.sources.kind in ("digits", "download") else " --sources.path ..."
+    return f"python write_datasets.py --config-file {recipe.as_posix() if recipe.is_file() else '...'}{source}"
 
 
 def _batch_of_one(config: Config, model: SEResNet, images: int, processes: int) -> str:
@@ -451,7 +462,7 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                     opened.callback(folder.close)
                     if config.run.resume == "auto" and not begun:
                         report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
-                                   "this one begins anew" + ("" if config.run.folder else newest_unlike(config)))
+                                   "this one begins anew" + ("" if config.run.folder else nearest_unlike(config)))
                     if config.recipe == "default" and not begun:
                         report.say(f"no --config-file: {config.loop.epochs:,} epochs with the defaults and what the command line gives; "
                                    "rn_configs/ holds recipes (--config-file rn_configs/se94.yaml)")
@@ -567,15 +578,17 @@ def changes_of(path: Path, config: Config) -> list[tuple[str, object, object]]:
             if has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name]
 
 
-def newest_unlike(config: Config) -> str:
-    """In words, the newest unfinished run that is not of this config, and why; '' for none. For who mistypes a key of the run meant."""
+def nearest_unlike(config: Config) -> str:
+    """In words, the unfinished run that differs in the fewest keys from this config, and in which, the newest of several; '' where
+    all differ in more than FEW_KEYS, as other recipes do. For who mistypes a key of the run meant."""
+    found = []
     for path in report.unfinished_run_folders(config.report.folder):
         with suppress(runtime.UserError):
-            found = [f"{name} {before}, not {value}" for name, before, value in changes_of(path, config)]
-            if found:
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-                return f" (the newest one of another, {path}, has {', '.join(found[:3])}{more})"
-    return ""
+            found.append((changes_of(path, config), path))
+    changes, path = min(found, key=lambda run: len(run[0]) or FEW_KEYS + 1, default=([], None))
+    if not 0 < len(changes) <= FEW_KEYS:
+        return ""
+    return f" (one that is like it, {path}, has {', '.join(f'{name} {before}, not {value}' for name, before, value in changes)})"
 
 
 def fingerprint(config: Config, data: Data) -> int:

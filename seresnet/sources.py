@@ -262,12 +262,12 @@ def _read_official(source: Source) -> ImageSet:
 
 # -- sets without a test split ------------------------------------------------------------------------------------------
 
-def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_training: bool = True) -> np.ndarray:
+def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_training: bool = True, place: str = "") -> np.ndarray:
     """Which samples become the test split of a set that has none: bool (N,), `share` of each class, at least one and not all.
 
     Chosen by the hash of their names, so that it is the same choice on every machine, for any order of the files, and
-    nearly the same when images are added. labels: int64 (N,). Raises SourceError where a class has one image; of a set that is not
-    to be trained on that one is chosen.
+    nearly the same when images are added. labels: int64 (N,). Raises SourceError, which begins with `place`, where a class has
+    one image; of a set that is not to be trained on that one is chosen.
     """
     keys = np.array([int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
                      for name in names], np.uint64)
@@ -275,7 +275,7 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_trai
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
         if len(members) < 2 and for_training:
-            raise SourceError(f"{names[members[0]]}: is the only image of its class: a set without a test split needs two and "
+            raise SourceError(f"{place}{names[members[0]]}: is the only image of its class: a set without a test split needs two and "
                               "more, for training and for testing")
         count = min(max(1, round(share * len(members))), max(1, len(members) - 1))
         chosen[members[np.argsort(keys[members], kind="stable")[:count]]] = True
@@ -283,7 +283,7 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_trai
 
 
 def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], source: Source) -> tuple[Split, Split, bool]:
-    test = choose_test(labels, names, source.test_share, source.for_training)
+    test = choose_test(labels, names, source.test_share, source.for_training, f"{source.path}: ")
     check_room(images.nbytes, SMALLER)    # what follows copies them
     return Split(images[~test], labels[~test]), Split(images[test], labels[test]), True
 
@@ -371,7 +371,7 @@ def _read_folder(source: Source) -> ImageSet:
     judged = [file for _, members in trees.get("test", trees[first]) for file in members]
     if empty and (source.for_training or not judged) or not names[first]:
         raise SourceError(f"{source.path}: no {', '.join(IMAGE_SUFFIXES)} files in {', '.join(empty[:5]) or 'train/'}: "
-                          "every class needs images in both splits")
+                          f"every class needs images{'' if 'all' in trees else ' in both splits'}: add some, or remove the folder")
     read = {}
     for split, tree in trees.items():
         files = [(file, label) for label, (_, members) in enumerate(tree) for file in members]

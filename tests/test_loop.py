@@ -802,10 +802,12 @@ def test_auto_knows_a_run_by_its_config_not_by_its_name(betons, tmp_path, monkey
     assert f"no unfinished run of this config in {tmp_path}: this one begins anew\n" in said and len(list(tmp_path.iterdir())) == 2
 
 
-def test_auto_tells_how_the_newest_other_run_differs(betons, tmp_path, monkeypatch, capsys):
+def test_auto_tells_how_the_run_that_is_most_like_it_differs(betons, tmp_path, monkeypatch, capsys):
     stopped_run(betons, tmp_path, monkeypatch, run__seed=1)
-    newest = stopped_run(betons, tmp_path, monkeypatch, run__seed=2)
-    os.utime(newest / "last.pt", (2e9, 2e9))
+    near = stopped_run(betons, tmp_path, monkeypatch, run__seed=2)
+    newest = stopped_run(betons, tmp_path, monkeypatch, run__seed=2, optim__lr=0.02)
+    os.utime(near / "last.pt", (2e9, 2e9))
+    os.utime(newest / "last.pt", (2.5e9, 2.5e9))
     (tmp_path / "broken").mkdir()
     for name in ("last.pt", "config.yaml"):
         (tmp_path / "broken" / name).write_text("[no config")
@@ -813,9 +815,13 @@ def test_auto_tells_how_the_newest_other_run_differs(betons, tmp_path, monkeypat
     capsys.readouterr()
     train(betons, tmp_path, run__resume="auto", run__seed=3, optim__momentum=0.5)
     said, before = capsys.readouterr().out, build(SMALL).optim.momentum
-    assert f"begins anew (the newest one of another, {newest}, has run.seed 2, not 3, optim.momentum {before}, not 0.5)" in said, said
+    assert f"begins anew (one that is like it, {near}, has run.seed 2, not 3, optim.momentum {before}, not 0.5)" in said, said
     train(betons, tmp_path, run__resume="auto", run__folder=str(tmp_path / "own"))
     assert f"no unfinished run of this config in {tmp_path / 'own'}: this one begins anew\n" in capsys.readouterr().out
+    assert loop.nearest_unlike(build({**SMALL, **betons, "report.folder": str(tmp_path), "run.seed": 2})).startswith(f" (one that is like it, {newest},"), \
+        "the nearest is the one meant, and at work elsewhere"
+    other = {"optim.lr": 0.3, "optim.momentum": 0.1, "loss.label_smoothing": 0.3, "augment.translate": 3, "optim.weight_decay": 0.1}
+    assert loop.nearest_unlike(build({**SMALL, **betons, **other, "report.folder": str(tmp_path), "run.seed": 2})) == "", "of another recipe"
 
 
 @pytest.mark.parametrize("left", ["all", "log.jsonl"])
@@ -1012,8 +1018,21 @@ def test_an_early_share_is_drawn_at_random_where_no_loss_is_known(betons, tmp_pa
 
 
 def test_a_share_without_a_batch_is_refused_and_fixed_shares_with_it(betons, tmp_path):
-    with pytest.raises(UserError, match="loop.hardest: got 0.1, which leaves 15 images and no batch of loader.batch_size = 16"):
+    with pytest.raises(UserError, match="loop.hardest: got 0.1, which leaves 15 images and no batch of loader.batch_size = 16: .* --loader.batch_size 15$"):
         train(betons, tmp_path / "runs", loop__hardest=[1, 0.1])
     with pytest.raises(UserError, match="loop.hardest, loader.shares: got a part of the images and fixed"):
         train(betons, tmp_path / "runs", loop__hardest=[1, 0.5], loader__shares="fixed")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_beton_that_is_not_there_is_written_by_a_command_that_names_the_recipe(tmp_path, monkeypatch):
+    places = {"beton.train": str(tmp_path / "a.beton"), "beton.test": str(tmp_path / "b.beton")}
+    with pytest.raises(UserError, match="^beton.train: .*a.beton is not there: .* rn_configs/own_images.yaml --sources.path ...`.*\nbeton.test: "):
+        loop.prepare(build(places, recipe="own_images"))
+    with pytest.raises(UserError, match="write_datasets.py --config-file rn_configs/digits.yaml`, or"):
+        loop.prepare(build({**places, "sources.kind": "digits"}, recipe="digits"))
+    with pytest.raises(UserError, match="write_datasets.py --config-file ... --sources.path ...`, or"):
+        loop.prepare(build(places, recipe="mine"))
+    (tmp_path / "a.beton").mkdir()
+    with pytest.raises(UserError, match="a.beton: is no regular file"):
+        loop.prepare(build(places))

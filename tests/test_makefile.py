@@ -29,7 +29,7 @@ def train(clone, answers, *arguments, **environment):
     kept = {k: v for k, v in os.environ.items() if k != "CIFAR10_DIR"}
     done = subprocess.run(["sh", "scripts/train.sh", *arguments], cwd=clone, text=True, capture_output=True,
                           env={**kept, **environment})
-    return done.returncode, done.stdout, (clone / "calls").read_text().splitlines()
+    return done.returncode, done.stdout + done.stderr, (clone / "calls").read_text().splitlines()
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_who_names_a_place_or_has_own_images_gets_those_or_an_error(recipe):
     assert status == 4 and len(calls) == 1 and not output
     (recipe / "calls").unlink()
     for name, falls_back in (("own_images", False), ("se94", True), ("seed_200", True), ("resnet18", True)):
-        assert train(recipe, [4, 0, 0], str(ROOT / f"rn_configs/{name}.yaml"))[0] == (0 if falls_back else 4), name
+        status, output, _ = train(recipe, [4, 0, 0], str(ROOT / f"rn_configs/{name}.yaml"))
+        assert status == (0 if falls_back else 4) and ('own_images.yaml ARGS="--sources.path FOLDER"' in output) != falls_back, name
     assert train(recipe, [4, 0, 0], "x.yaml", "--sources.fit", "crop")[0] == 0
 
 

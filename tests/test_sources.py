@@ -736,7 +736,7 @@ def test_the_choice_of_a_test_split_hardly_changes_when_images_are_added():
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
     write_tree(tmp_path, "pets", ("cat", "dog"), 1)
-    with pytest.raises(SourceError, match="only image of its class"):
+    with pytest.raises(SourceError, match=f"^{tmp_path / 'pets'}: cat/.*: is the only image of its class"):
         find_source(tmp_path / "pets").read()
     read = find_source(tmp_path / "pets", for_training=False).read()
     assert len(read.train.images) == 0 and read.test.labels.tolist() == [0, 1]
@@ -748,7 +748,7 @@ def test_a_set_that_is_looked_at_needs_fewer_images_than_one_to_train_on(tmp_pat
     images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1, 1, 3, 3, 4])    # none of class 2
     np.savez(tmp_path / "test.npz", x_test=images, y_test=labels)
     np.savez(tmp_path / "whole.npz", x=images, y=labels)
-    for name, message in (("pets", "every class needs images"), ("test.npz", "holds test, expected"), ("whole.npz", "only image of its class")):
+    for name, message in (("pets", "every class needs images: add some, or remove the folder"), ("test.npz", "holds test, expected"), ("whole.npz", "only image of its class")):
         with pytest.raises(SourceError, match=message):
             find_source(tmp_path / name).read()
     read = {name: find_source(tmp_path / name, for_training=False).read() for name in ("pets", "test.npz", "whole.npz")}
