@@ -73,7 +73,8 @@ class Refused(runtime.UserError):
     """A training that was refused, or could not write: the user has something to mend first, in config, data or disk."""
 
     def __init__(self, folder: Path, told: str):
-        super().__init__(f"{folder.name.replace('-', ' ')}: {told.removeprefix('error: ')}: mend that, and {WAY_ON}")
+        lines = "; ".join(line.removeprefix("error: ") for line in told.splitlines())
+        super().__init__(f"{folder.name.replace('-', ' ')}: {lines}: mend that, and {WAY_ON}")
 
 
 class Trainings:
