@@ -29,6 +29,9 @@ def main() -> None:
         settings = replace(settings, sources=replace(settings.sources, path=own.default_source))
     targets = {"train": Path(settings.beton.train), "test": Path(settings.beton.test)}
     source = sources.find_source(**vars(settings.sources), watch=report.watched("reading", " images"))
+    for path in targets.values():
+        if path.exists():
+            report.check_writable(path, source.path, kinds=(".beton",))
     print(f"source: {source.describe()}", flush=True)
     if left_out := source.left_out():
         print(left_out, flush=True)

@@ -123,11 +123,9 @@ def run_all(todo: Sequence[tuple[list[str], Path]], jobs: int) -> list[str]:
     return failed
 
 
-def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, count: int) -> list[str]:
-    """As `run_all`, one after the other in this program, of `count` trainings with those that have ended before. Where the device fails,
-    no other is begun."""
+def run_here(todo: Sequence[tuple[list[str], Path]], trainings: OneProgram) -> list[str]:
+    """As `run_all`, one after the other in this program. Where the device fails, no other is begun."""
     failed: list[str] = []
-    trainings = OneProgram(settings, count)
     for arguments, folder in todo:
         error = None
         try:
@@ -142,8 +140,9 @@ def run_here(todo: Sequence[tuple[list[str], Path]], settings: config.Config, co
 
 
 def ends_all(folder: Path, error: BaseException) -> bool:
-    """Whether the recipe as it is was refused: so would its variants be, and without it there is nothing to compare them with."""
-    return isinstance(error, Refused) and folder.parent.name == folder_name(AS_IT_IS)
+    """Whether the recipe as it is was refused, before it had a folder: so would its variants be, and without it there is nothing to compare
+    them with. A training that had begun was alone in what it met, such as other programs' want of memory."""
+    return isinstance(error, Refused) and folder.parent.name == folder_name(AS_IT_IS) and not folder.exists()
 
 
 def tell(folder: Path, error: BaseException | None, failed: list[str]) -> None:
@@ -221,8 +220,9 @@ def main() -> None:
               for seed in range(own.first_seed, own.first_seed + own.seeds) for name in variants}
     prepared = [(arguments_of(variants[name], seed, folder), folder) for (name, seed), folder in places.items()]
     todo = [(arguments, folder) for arguments, folder in prepared if arguments]
+    together = OneProgram(variants[AS_IT_IS], len(places)) if own.one_program else None    # which may start this program again
     announce([*places.values()], f"{own.out}/{recipe}/*/seed-*")
-    failed = run_here(todo, variants[AS_IT_IS], len(places)) if own.one_program else run_all(todo, own.jobs)
+    failed = run_here(todo, together) if together else run_all(todo, own.jobs)
     runs: dict[str, dict[int, dict]] = {name: {} for name in variants}
     ended = [folder for folder in places.values() if (folder / "report.json").exists()]
     for (name, seed), folder in places.items():

@@ -153,6 +153,9 @@ def main() -> None:
     problems = [f"--axis: got {axis}, expected some of {', '.join(AXES)}" for axis in unknown]
     problems += [f"--{name}: got {value}, expected more than 0" for name, value in (("seconds", own.seconds), ("set", own.set))
                  if value <= 0]
+    if "images" in axes and not runtime.has_ffcv():    # known now, not when the other axes have been measured
+        problems.append("--axis: images are streamed, by FFCV, which is not installed: README, \"Install\", or "
+                        f"--axis {','.join(axis for axis in axes if axis != 'images') or 'batch'}")
     if problems:
         raise runtime.UserError(*problems)
     cells = {axis: [value for value in AXES[axis] if (not own.most or value <= own.most)

@@ -343,9 +343,9 @@ def main() -> None:
     def folder_of(seed: int) -> Path:
         return Path(own.out) / settings.recipe / f"seed-{seed}"
     seeds = range(own.first_seed, own.first_seed + own.seeds)
-    announce([*map(folder_of, seeds)], f"{own.out}/{settings.recipe}/seed-*")
     runs, diverged = [], {}
     with nullcontext(OneProgram(settings, own.seeds)) if own.one_program else Trainings() as trainings:
+        announce([*map(folder_of, seeds)], f"{own.out}/{settings.recipe}/seed-*")
         for seed in seeds:
             try:
                 run = run_seed(trainings, settings, seed, folder_of(seed))

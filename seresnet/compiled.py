@@ -98,21 +98,23 @@ def share_threads() -> None:
 def passes() -> SimpleNamespace | None:
     """The passes of seresnet/kernels.py by name, in as many threads as torch has, ready to run. None where numba is missing or does not
     work, and where its threads are of the kind that may not be started from several Python threads at once, as FFCV's reader and a
-    training would.
+    training would; the log `seresnet` is told why, unless it is missing.
 
     numba keeps the machine code on disk (beside that file, or in the user's cache folder): it compiles once a machine, in ten to thirty seconds.
     """
     try:
         import numba
         if numba.config.DISABLE_JIT:
-            return None
+            return _left_to_torch("numba", "NUMBA_DISABLE_JIT is set")
         set_up_numba()
         share_threads()    # before anything is compiled for them it is known which kind they are
-        if numba.threading_layer() not in ("omp", "tbb"):
-            return None
+        if (kind := numba.threading_layer()) not in ("omp", "tbb"):
+            return _left_to_torch("numba", f"its threads are of the kind {kind}, for want of OpenMP's or TBB's")
         from seresnet import kernels
-    except Exception:    # not there, or broken, in whatever way: torch can do all that is done here
-        return None
+    except ModuleNotFoundError as error:
+        return None if error.name == "numba" else _left_to_torch("numba", error)
+    except Exception as error:    # broken, in whatever way: torch can do all that is done here
+        return _left_to_torch("numba", error)
 
     def compiled_by_numba(function, keep):
         return numba.njit(function, parallel=True, cache=keep, fastmath={"contract"})
@@ -144,8 +146,14 @@ def passes() -> SimpleNamespace | None:
         with told_where_it_takes_long():
             _try(found, np.int16 if has_bf16() else np.int32)
         return found
-    except Exception:    # numba raises what a setting of its own leads it to
-        return None
+    except Exception as error:    # numba raises what a setting of its own leads it to
+        return _left_to_torch("numba", error)
+
+
+def _left_to_torch(compiler: str, reason: object) -> None:
+    """Say, to the log `seresnet`, that and why torch does what compiled passes would do in less time."""
+    lines = str(reason).splitlines() or [type(reason).__name__]
+    logging.getLogger("seresnet").warning(f"{compiler} does not work here ({lines[0][:200]}): steps take longer; python -m seresnet.doctor")
 
 
 _telling = threading.Lock()
@@ -221,15 +229,17 @@ def gradient_statistics(total: torch.Tensor, product: torch.Tensor, weight: torc
 @cache
 def passes_on_a_gpu(device: torch.device) -> ModuleType | None:
     """As `passes`, of seresnet/gpu_kernels.py, for the GPU `device`. None where Triton is missing (torch brings it on Linux) or does not
-    work, and below compute capability 8.0, which it does not support. Triton keeps the machine code on disk, in the user's folder."""
+    work, of which the log `seresnet` is told, and below compute capability 8.0, which it does not support. Triton keeps the machine code on disk, in the user's folder."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from seresnet import gpu_kernels
         _try_on(gpu_kernels, device)
         return gpu_kernels
-    except Exception:    # not there, without a compiler for what it starts kernels by, or whatever else: torch can do all that is done here
-        return None
+    except ModuleNotFoundError as error:
+        return None if error.name == "triton" else _left_to_torch("Triton", error)
+    except Exception as error:    # without a compiler for what it starts kernels by, or whatever else: torch can do all that is done here
+        return _left_to_torch("Triton", error)
 
 
 def _try_on(passes: ModuleType, device: torch.device) -> None:

@@ -431,7 +431,8 @@ def contradictions(c: Config) -> list[str]:
     found += [f"{name}: got an even number, expected odd ones, which keep the image's side" for name in even]
     if c.evaluate.split == "holdout" and c.model.classes and c.evaluate.holdout_size % c.model.classes:
         found.append(f"evaluate.holdout_size: got {c.evaluate.holdout_size}, expected a multiple of model.classes = "
-                     f"{c.model.classes}, so that every class has as many")
+                     f"{c.model.classes}, so that every class has as many, such as "
+                     f"{max(1, c.evaluate.holdout_size // c.model.classes) * c.model.classes}")
     if c.sources.kind == "digits" and c.sources.path != Sources.path:
         found.append(f"sources.path, sources.kind: got {c.sources.path} and digits, which scikit-learn brings along: leave the path out, "
                      "or read what lies there with another recipe, or --sources.kind auto")

@@ -28,6 +28,14 @@ OPTIONAL = {
     "scipy": ("benchmarks.time_to_accuracy and compare", "pip install scipy")}
 
 
+NUMBA_AGAIN = "pip install --upgrade numba; apt install libgomp1, where OpenMP is missing"
+# What is tried of a package, in a process of its own: FFCV as the programs import it, in half the time; numba's threads, which FFCV's reader
+# and a training start side by side; others by their import.
+TRIALS = {"ffcv": "from seresnet import runtime; runtime.import_ffcv()",
+          "numba": "import numba; numba.config.DISABLE_JIT and sys.exit('NUMBA_DISABLE_JIT is set'); numba.set_num_threads(1); "
+                   "numba.threading_layer() in ('omp', 'tbb') or sys.exit('without OpenMP or TBB')"}
+
+
 class Finding(NamedTuple):
     """good: True, False where a training cannot do without it, None where it can."""
 
@@ -42,7 +50,7 @@ def examine(data: Path) -> Iterator[Finding]:
     version = sys.version.split()[0]
     yield Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
     versions = runtime.describe_versions()
-    wanting = [name for name in ("torch", "ffcv") if runtime.is_installed(name)]    # libraries of the system
+    wanting = [name for name in ("torch", "ffcv", "numba") if runtime.is_installed(name)]    # libraries of the system
     with ThreadPoolExecutor() as pool:    # side by side: seconds each
         broken = dict(zip(wanting, pool.map(why_not_imported, wanting)))
     activate = "" if all(map(runtime.is_installed, runtime.NEEDED)) else runtime.environment_to_activate()
@@ -55,7 +63,8 @@ def examine(data: Path) -> Iterator[Finding]:
     for name, (use, command) in OPTIONAL.items():
         there = runtime.is_installed(name)
         if broken.get(name):
-            yield Finding(name, None, f"cannot be imported ({broken[name]}); for {use}", "echo again >>.venv/ready && make setup")
+            yield Finding(name, None, f"cannot be {'imported' if name == 'ffcv' else 'used'} ({broken[name]}); for {use}",
+                          "echo again >>.venv/ready && make setup" if name == "ffcv" else NUMBA_AGAIN)
         elif there:
             yield Finding(name, True, versions.get(name, "installed"))
         else:
@@ -81,10 +90,10 @@ def examine(data: Path) -> Iterator[Finding]:
 
 
 def why_not_imported(package: str) -> str:
-    """The last line of what a process of its own says that imports `package`; nothing where that works."""
-    # FFCV as the programs import it, in half the time; the interpreter takes a second to take down what torch has made
-    load = "from seresnet import runtime; runtime.import_ffcv()" if package == "ffcv" else f"import {package}"
-    code = f"import os, sys; sys.path.append({str(Path(__file__).parents[1])!r}); {load}; os._exit(0)"
+    """The last line of what a process of its own says that imports `package`, or tries it; nothing where that works."""
+    trial = TRIALS.get(package, f"import {package}")
+    # at once: the interpreter takes a second to take down what torch has made
+    code = f"import os, sys; sys.path.append({str(Path(__file__).parents[1])!r}); {trial}; os._exit(0)"
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:

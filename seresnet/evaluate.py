@@ -27,12 +27,11 @@ from torch import nn    # noqa: E402
 
 from seresnet import beton, pictures, report, shift, sources, trained    # noqa: E402
 from seresnet.augment import normalise    # noqa: E402
-from seresnet.files import FITS, check_room, fit_images    # noqa: E402
+from seresnet.files import FEWER, FITS, check_room, fit_images    # noqa: E402
 from seresnet.loss import Tally, Totals    # noqa: E402
 from seresnet.tta import VIEWS, log_probabilities    # noqa: E402
 
 RESIZED_BY = "--fit resize or --fit crop"
-FEWER = "evaluate fewer of them at a time"
 
 
 class Evaluation(NamedTuple):
@@ -110,7 +109,7 @@ def read_labelled(path: Path | str, net: trained.TrainedNet, split: str = "test"
         check_room(opened.samples * opened.height * opened.width * 3, FEWER)
         images, labels, classes, text = beton.read_images(opened), opened.labels, opened.classes, str(opened.path)
         if fit in FITS:
-            images = fit_images(images, net.image_size, fit)
+            images = fit_images(images, net.image_size, fit, FEWER)
         if _trained_on(net).get("train_sha256") == opened.sha256:
             text += " (which the net was trained on: this tells nothing of other images)"
     else:

@@ -31,6 +31,7 @@ OTHER_PICTURES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".h
 FITS = ("resize", "crop")
 TOLD = 20    # problems of image files
 ORIENTATION = 0x0112    # in EXIF, how the camera was held
+FEWER = "evaluate fewer of them at a time"
 SMALLER = "make them smaller with --sources.image_size"
 
 
@@ -187,15 +188,15 @@ def _turned(image: Image.Image) -> Image.Image:
     return image if how is None else image.transpose(how)    # not ImageOps.exif_transpose, which writes all EXIF data anew, and fails at some
 
 
-def fit_images(images: np.ndarray, size: int, fit: str) -> np.ndarray:
+def fit_images(images: np.ndarray, size: int, fit: str, way_out: str = SMALLER) -> np.ndarray:
     """uint8 (N, H, W, 3) -> (N, size, size, 3), each as read_image would bring it there; unchanged where it fits, or size is 0.
 
-    Raises SourceError where the memory does not hold them.
+    Raises SourceError, with `way_out`, where the memory does not hold them.
     """
     if size in (0, images.shape[1]) and size in (0, images.shape[2]):
         return images
     from PIL import Image, ImageOps
-    check_room(len(images) * size * size * 3, SMALLER)
+    check_room(len(images) * size * size * 3, way_out)
     how, fitted = Image.Resampling.BICUBIC, np.empty((len(images), size, size, 3), np.uint8)
     for i, pixels in enumerate(images):
         image = Image.fromarray(pixels)

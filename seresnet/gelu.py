@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+# numba keeps compiled passes by the content of kernels.py alone: whoever changes numbers here changes a line there.
 SATURATED = 4.0         # from here on the normal distribution is taken as constant: 3e-5 from 1
 SATURATED_FINE = 5.5    # and in float32 from here on: 2e-8 from 1
 

@@ -62,7 +62,7 @@ def read_unlabelled(path: Path | str, image_size: int, fit: str = "none",
         found = Unlabelled([str(i) for i in range(len(images))], images)
     else:
         found = _table(path)
-    images = fit_images(found.images, size, fit) if size else found.images
+    images = fit_images(found.images, size, fit, IN_PARTS) if size else found.images
     sizes.add((found.images.shape[2], found.images.shape[1]))
     twice = [name for name, count in Counter(found.ids).items() if count > 1]
     if twice:

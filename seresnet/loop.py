@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -72,9 +73,11 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
             betons[name] = open_beton(getattr(config.beton, name), classes=wanted.classes or None,
                                       image_size=wanted.image_size or None, verify=config.beton.verify)
         except runtime.UserError as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            problems += error.problems if not missing else [f"beton.{name}: {getattr(config.beton, name)} is not there: write it with "
-                                                            f"`{_how_to_write(config)}`, or name another with --beton.{name}"]
+            place = getattr(config.beton, name)
+            if isinstance(error.__cause__, FileNotFoundError) and not Path(place).exists():    # it may be the sidecar that is not there
+                problems.append(f"beton.{name}: {place} is not there: write it with `{_how_to_write(config)}`, or name another with --beton.{name}")
+            else:
+                problems += error.problems
     if "train" in betons:
         config = _fitted(config, betons["train"])
         problems += contradictions(config)    # of the data's classes and image size
@@ -90,8 +93,9 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
         problems.append(f"augment.sides: got {min(config.augment.sides)}, and {len(config.model.blocks)} stages leave nothing of "
                         "images that small: give larger sides, or fewer stages")
     if "train" in betons and config.evaluate.split == "holdout" and config.evaluate.holdout_size >= betons["train"].samples:
-        problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the "
-                        f"{betons['train'].samples} images of {config.beton.train}")
+        classes, samples = len(betons["train"].classes), betons["train"].samples
+        problems.append(f"evaluate.holdout_size: got {config.evaluate.holdout_size}, expected fewer than the {samples} images of "
+                        f"{config.beton.train}, such as --evaluate.holdout_size {max(1, samples // 5 // classes) * classes}")
     held = config.evaluate.holdout_size if config.evaluate.split == "holdout" else 0
     if "train" in betons and config.loop.hardest:
         fewest = round(min(config.loop.hardest) * (betons["train"].samples - held))
@@ -110,10 +114,16 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
 
 
 def _how_to_write(config: Config) -> str:
-    """The command that writes the betons of this config's recipe, with `...` for what is not known of it."""
+    """The command that writes the betons of this config, with `...` for what is not known of it."""
     recipe = Path("rn_configs", f"{config.recipe}.yaml")
-    source = "" if config.sources.kind in ("digits", "download") else " --sources.path ..."
-    return f"python write_datasets.py --config-file {recipe.as_posix() if recipe.is_file() else '...'}{source}"
+    known = read_file(str(recipe)) if recipe.is_file() else {}
+    text = f"python write_datasets.py --config-file {recipe.as_posix() if known else '...'}"
+    if config.sources.kind not in ("digits", "download"):
+        text += " --sources.path ..."
+    for name in ("train", "test"):    # the recipe's own are those of another set
+        if (place := getattr(config.beton, name)) != known.get(f"beton.{name}", getattr(type(config.beton), name)):
+            text += f" --beton.{name} {shlex.quote(place)}"
+    return text
 
 
 def _batch_of_one(config: Config, model: SEResNet, images: int, processes: int) -> str:
@@ -128,8 +138,14 @@ def _batch_of_one(config: Config, model: SEResNet, images: int, processes: int) 
     if math.ceil(share * few) > 1 or model.last_side(min(config.augment.sides, default=config.model.image_size)) > 1:
         return ""
     alone = "a batch" if processes == 1 or config.loop.sync_norm else f"one of {processes} processes (loop.sync_norm: false)"
+    ways = ["another size", "fewer stages"]
+    if not config.loader.drop_last:    # perhaps it is the last batch alone
+        ways.insert(0, "loader.drop_last true")
+    if few > 1:
+        alone = f"optim.sam_share = {share} of {alone}"
+        ways.insert(0, "a larger optim.sam_share")
     return (f"loader.batch_size: got {size}, which leaves one image to {alone}, and the last stage one pixel of it, too little to normalise: "
-            "give loader.drop_last true, another size, or fewer stages")
+            f"give {', '.join(ways[:-1])} or {ways[-1]}")
 
 
 def _fitted(config: Config, train: Beton) -> Config:
@@ -462,7 +478,7 @@ def fit(config: Config, command: Sequence[str], program: Program = Program()) ->
                     opened.callback(folder.close)
                     if config.run.resume == "auto" and not begun:
                         report.say(f"run.resume: auto: no unfinished run of this config in {config.run.folder or config.report.folder}: "
-                                   "this one begins anew" + ("" if config.run.folder else nearest_unlike(config)))
+                                   "this one begins anew" + ("" if config.run.folder else nearest_unlike(config, data)))
                     if config.recipe == "default" and not begun:
                         report.say(f"no --config-file: {config.loop.epochs:,} epochs with the defaults and what the command line gives; "
                                    "rn_configs/ holds recipes (--config-file rn_configs/se94.yaml)")
@@ -578,14 +594,17 @@ def changes_of(path: Path, config: Config) -> list[tuple[str, object, object]]:
             if has_effect(name) or name in ("beton.train", "beton.test") and Path(str(before)).name != Path(value).name]
 
 
-def nearest_unlike(config: Config) -> str:
-    """In words, the unfinished run that differs in the fewest keys from this config, and in which, the newest of several; '' where
-    all differ in more than FEW_KEYS, as other recipes do. For who mistypes a key of the run meant."""
+def nearest_unlike(config: Config, data: Data) -> str:
+    """In words, the unfinished run of this config that was trained on other images, or the one that differs in the fewest keys, and in
+    which, the newest of several; '' where all differ in more than FEW_KEYS, as other recipes do. For who mistypes a key of the run meant."""
     found = []
     for path in report.unfinished_run_folders(config.report.folder):
         with suppress(runtime.UserError):
-            found.append((changes_of(path, config), path))
-    changes, path = min(found, key=lambda run: len(run[0]) or FEW_KEYS + 1, default=([], None))
+            if changes := changes_of(path, config):
+                found.append((changes, path))
+            elif others := differences(checkpoint.load(path / "last.pt"), config, data):
+                return f" (that in {path} cannot go on: {'; '.join(others)})"
+    changes, path = min(found, key=lambda run: len(run[0]), default=([], None))
     if not 0 < len(changes) <= FEW_KEYS:
         return ""
     return f" (one that is like it, {path}, has {', '.join(f'{name} {before}, not {value}' for name, before, value in changes)})"

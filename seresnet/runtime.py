@@ -5,6 +5,7 @@ a large library is loaded.
 """
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
 import gc
@@ -290,8 +291,15 @@ def _leave(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    gc.freeze()    # or the interpreter looks for garbage among all that torch has made, several times, for a second
+    atexit.register(_leave_the_garbage)
     sys.exit(status)
+
+
+def _leave_the_garbage() -> None:
+    """Spare the interpreter, on its way out, to look several times for garbage among all that torch has made, which takes a second. Not
+    where Triton is loaded: it complains of all its objects that live on."""
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _complain(problems: tuple[str, ...], status: int) -> int:

@@ -20,8 +20,8 @@ import numpy as np
 
 from seresnet import runtime
 from seresnet.cifar import SETS, WEBSITE, download_cifar10, problems_of_published, read_archive, read_set, torchvision_cifar10
-from seresnet.files import (IMAGE_SUFFIXES, SMALLER, TOLD, SourceError, as_text, check_room, files_below, fit_images, in_small_letters, is_image,
-                            left_out, read_arrays, read_image, read_image_files)
+from seresnet.files import (FEWER, IMAGE_SUFFIXES, SMALLER, TOLD, SourceError, as_text, check_room, files_below, fit_images, in_small_letters,
+                            is_image, left_out, read_arrays, read_image, read_image_files)
 from seresnet.imageset import ImageSet, Split, problems_of
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Source:
     kind: one of KINDS, or download or digits. image_size: side to bring images to, 0 to leave them; fit: how (files.FITS).
     test_share: of each class, where the set has no test split. labels: `fine` or `coarse`, where it has both. watch(items, total) ->
     the same items: is shown the pictures that are read one by one. for_training: each class has to have images in both splits; else
-    some may lack them, and an .npz file training images. resized_by: the option that brings images to one size, for messages.
+    some may lack them, and .npz and parquet files training images. resized_by: the option that brings images to one size, for messages.
     """
 
     kind: str
@@ -65,10 +65,15 @@ class Source:
     for_training: bool = True
     resized_by: str = "--sources.image_size"
 
+    @property
+    def way_out(self) -> str:
+        """What to do where the memory does not hold the images."""
+        return SMALLER if self.for_training else FEWER
+
     def describe(self) -> str:
         """What and where, in one line for people."""
         what = {"binary": "CIFAR binary batches in", "pickle": "CIFAR Python batches in", "archive": "CIFAR archive",
-                "folder": "image folder", "download": "CIFAR-10, downloaded into", "parquet": "parquet files in",
+                "folder": "image folder", "download": "CIFAR-10, downloaded into", "parquet": "parquet files in" if self.path.is_dir() else "parquet file",
                 "kaggle": f"images and {LABEL_FILE} in", "arrays": "arrays in"}
         return "scikit-learn's load_digits" if self.kind == "digits" else f"{what[self.kind]} {self.path}"
 
@@ -123,7 +128,7 @@ class Source:
         readers = {"folder": _read_folder, "kaggle": _read_kaggle, "parquet": _read_parquet, "arrays": _read_arrays,
                    "digits": _read_digits}
         images = (readers.get(self.kind) or _read_official)(self)
-        fitted = replace(images, **{name: Split(fit_images(split.images, self.image_size, self.fit), split.labels)
+        fitted = replace(images, **{name: Split(fit_images(split.images, self.image_size, self.fit, self.way_out), split.labels)
                                     for name, split in (("train", images.train), ("test", images.test))})
         problems = list(problems_of(fitted, self.for_training))
         if self.kind not in readers and not problems:
@@ -156,7 +161,7 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
     path = Path(path)
     if kind in ("download", "digits"):
         return Source(kind, path, **how)
-    candidates = _candidates(path, kind)
+    candidates = _candidates(path, kind, how.get("for_training", True))
     found = {source_kind: place for source_kind, place in reversed(candidates)}
     if kind == "auto" and candidates:
         kind = candidates[0][0]
@@ -171,7 +176,7 @@ def find_source(path: str | Path, kind: str = "auto", **how) -> Source:
         f"sources.path: {path} {there} (looked in {Path.cwd()}). {SUPPLY}, or let --sources.kind download fetch CIFAR-10")
 
 
-def _candidates(path: Path, kind: str) -> list[tuple[str, Path]]:
+def _candidates(path: Path, kind: str, for_training: bool) -> list[tuple[str, Path]]:
     """(kind, place) of what is there, the first choice first. Where `auto` has found CIFAR, the folders beside it are nobody's classes: they may
     be large, and not all readable."""
     found = []
@@ -186,13 +191,15 @@ def _candidates(path: Path, kind: str) -> list[tuple[str, Path]]:
     if path.is_dir():
         if (path / LABEL_FILE).is_file() and (path / "train").is_dir():
             found.append(("kaggle", path))
-        if _parquet_files(path).get("train"):
+        if _parquet_files(path).keys() & ({"train"} if for_training else {"train", "test"}):
             found.append(("parquet", path))
         if any(files for tree in _trees(path).values() for _, files in tree):
             found.append(("folder", path))
         found += [("arrays", file) for file in _labelled_arrays(path)[:1]]
     elif path.suffix.lower() == ".npz" and path.is_file():
         found.append(("arrays", path))
+    elif path.suffix.lower() == ".parquet" and path.is_file():
+        found.append(("parquet", path))
     return found
 
 
@@ -224,8 +231,9 @@ def _several(kind: str, place: Path, path: Path) -> list[str]:
     """The names of the sets where more than one of that kind lies at `path`, and none of them was named."""
     if kind == "arrays" and place != path:
         names = [file.name for file in _labelled_arrays(path)]
-    elif kind == "parquet":
-        names = sorted({str(file.parent.relative_to(path)) for file in _parquet_files(path)["train"]})
+    elif kind == "parquet" and path.is_dir():
+        files = _parquet_files(path)
+        names = sorted({str(file.parent.relative_to(path)) for file in files.get("train") or files["test"]})
     else:
         names = []
     return names if len(names) > 1 else []
@@ -284,7 +292,7 @@ def choose_test(labels: np.ndarray, names: Sequence[str], share: float, for_trai
 
 def _split_off_test(images: np.ndarray, labels: np.ndarray, names: Sequence[str], source: Source) -> tuple[Split, Split, bool]:
     test = choose_test(labels, names, source.test_share, source.for_training, f"{source.path}: ")
-    check_room(images.nbytes, SMALLER)    # what follows copies them
+    check_room(images.nbytes, source.way_out)    # what follows copies them
     return Split(images[~test], labels[~test]), Split(images[test], labels[test]), True
 
 
@@ -347,7 +355,7 @@ def _stack(count: int, images: Iterable[tuple[str, np.ndarray]], source: Source)
     stacked = np.empty((0, 0, 0, 3), np.uint8)
     for i, (name, image) in enumerate(images):
         if i == 0:
-            check_room(count * image.nbytes, SMALLER)
+            check_room(count * image.nbytes, source.way_out)
             stacked = np.empty((count, *image.shape), np.uint8)
         if image.shape != stacked.shape[1:]:
             raise SourceError(f"{name}: is {image.shape[1]} x {image.shape[0]} pixels, the images before it "
@@ -429,7 +437,10 @@ def _without_suffix(name: str) -> str:
 # -- tables and arrays --------------------------------------------------------------------------------------------------
 
 def _parquet_files(path: Path) -> dict[str, list[Path]]:
-    """The files of each split, as the Hub lays them out: <split>-00000-of-00001.parquet, there or one folder down."""
+    """The files of each split, as the Hub lays them out: <split>-00000-of-00001.parquet, there or one folder down. One file alone is
+    `train` or `test` by its name, and `train` where that says neither."""
+    if path.is_file():
+        return {"test" if re.split(r"[-.]", path.name)[0] in TEST_NAMES else "train": [path]}
     found: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")]):
         found.setdefault(re.split(r"[-.]", file.name)[0], []).append(file)
@@ -524,7 +535,7 @@ def _read_arrays(source: Source) -> ImageSet:
     for split, pairs in ARRAY_NAMES.items():
         for x, y in pairs:
             if x in arrays and y in arrays:
-                images, labels = as_images(arrays[x], f"{source.path}: {x}"), arrays[y].reshape(-1)
+                images, labels = as_images(arrays[x], f"{source.path}: {x}", source.way_out), arrays[y].reshape(-1)
                 if labels.dtype.kind not in "iu":
                     raise SourceError(f"{source.path}: {y} is {labels.dtype} {arrays[y].shape}, expected whole numbers, one an "
                                       "image")

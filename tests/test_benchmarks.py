@@ -201,6 +201,13 @@ def test_nothing_to_measure_is_refused(monkeypatch, program, arguments, message)
         program.main()
 
 
+def test_scaling_without_ffcv_says_so_before_it_measures(monkeypatch):
+    monkeypatch.setattr(runtime, "has_ffcv", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["scaling"])
+    with pytest.raises(runtime.UserError, match="^--axis: images are streamed, by FFCV, which is not installed: .* --axis batch,side,cores$"):
+        scaling.main()
+
+
 def test_keys_that_a_benchmark_would_drop_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["large", "--loader.workers", "2", "--run.threads", "1"])
     with pytest.raises(runtime.UserError, match="^loader.workers: this benchmark has a net and a set of its own"):
@@ -307,8 +314,11 @@ def test_a_recipe_that_is_refused_is_not_tried_again(comparison, monkeypatch, to
     assert [folder.parent.name for folder in begun][:1] == ["as_it_is"] and len(begun) == 1, caught.value
     variant = Path(out) / "optim.lr_1" / "seed-10"
     failed = []
+    begun[0].mkdir(parents=True)    # it had begun, and another program took the memory, which the others may find
+    compare.tell(begun[0], time_to_accuracy.Refused(begun[0], "error: no memory"), failed)
     compare.tell(variant, time_to_accuracy.Refused(variant, "error: optim.lr: no"), failed)
-    assert failed == ["optim.lr_1, seed 10: optim.lr: no: mend that, and start this again, it goes on where it was"]
+    way_on = "mend that, and start this again, it goes on where it was"
+    assert failed == [f"as_it_is, seed 10: no memory: {way_on}", f"optim.lr_1, seed 10: optim.lr: no: {way_on}"]
 
 
 def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monkeypatch, capsys, tmp_path):
@@ -326,7 +336,7 @@ def test_what_ends_one_training_in_a_program_and_what_ends_all(comparison, monke
     todo = [(["--run.seed", str(seed)], tmp_path / f"seed-{seed}") for seed in (1, 2, 3, 4)]
     for _, folder in todo:
         folder.mkdir()
-    failed = compare.run_here(todo, settings, 7)
+    failed = compare.run_here(todo, time_to_accuracy.OneProgram(settings, 7))
     assert [seed for seed, _ in begun] == [1, 2, 3] and {program.trainings for _, program in begun} == {7}
     assert begun[0][1].begun == 0 < begun[1][1].begun < begun[2][1].begun
     assert json.loads((tmp_path / "seed-2/series.json").read_text())["before_in_program"] == 1 and not (tmp_path / "seed-1/series.json").exists()

@@ -33,7 +33,7 @@ def test_a_cpu_with_matrix_units_gets_wide_vectors_whoever_compiles_first(first)
     pytest.importorskip("ffcv")
     code = f"""if True:
         from seresnet import compiled, runtime
-        compiled.has_matrix_units = lambda: True
+        compiled.has_matrix_units, compiled._try = lambda: True, lambda *_: None    # what is compiled is not asked for here
         {first}
         compiled.passes()
         from numba.core.registry import cpu_target
@@ -53,7 +53,7 @@ def test_numbas_threads_are_torchs_unless_the_user_has_chosen_others(asked, firs
 
 
 @pytest.mark.parametrize("fault, works", [("disk", True), ("damaged", True), ("jit", False), ("layer", False), ("setting", False), ("library", False)])
-def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch, numba_passes):
+def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch, numba_passes, caplog):
     import numba
     njit = numba.njit
 
@@ -81,10 +81,15 @@ def test_a_numba_that_does_not_work_leaves_it_to_torch(fault, works, monkeypatch
     else:
         monkeypatch.setattr(compiled, "set_up_numba", refuse(OSError("Could not find/load shared object file")))
     tried = []
-    if fault == "layer":
-        monkeypatch.setattr(compiled, "_try", lambda *_: tried.append(1))
+
+    def one(found, kind):    # of the passes, whose compilation is one function
+        tried.append(1)
+        found.unpool(np.zeros((1, 1, 1, 1), kind), np.zeros((1, 1, 1, 1), np.uint8), np.zeros((1, 2, 2, 1), kind))
+    monkeypatch.setattr(compiled, "_try", one)
     assert (compiled.passes.__wrapped__() is not None) == works
-    assert not tried, "nothing is compiled for threads that may not be used"
+    assert bool(tried) == works, "nothing is compiled for threads that may not be used"
+    told = [record.getMessage() for record in caplog.records if "does not work here" in record.getMessage()]
+    assert len(told) == (not works) and all("steps take longer; python -m seresnet.doctor" in line for line in told)
 
 
 @pytest.mark.parametrize("seconds, told", [(0, 0), (0.5, 1)])
@@ -120,6 +125,8 @@ def test_what_is_first_compiled_in_a_training_does_without_a_cache_too(tmp_path)
     code = """
 import sys, torch
 from seresnet import compiled
+x, unit = torch.tensor([-2.0, -1, 0, 3]).view(1, 4, 1), torch.ones(1, 1)
+compiled._try = lambda passes, kind: passes.activate(x, x, unit, 0 * unit, 0.0, None, torch.empty_like(x))    # GELU's alone
 passes = compiled.passes()
 if passes is None:
     sys.exit("skip")
@@ -128,7 +135,6 @@ if sys.argv[1] == "full":
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     caching.IndexDataCacheFile.save = full
-x, unit = torch.tensor([-2.0, -1, 0, 3]).view(1, 4, 1), torch.ones(1, 1)
 for _ in range(2):
     y = torch.empty_like(x)
     passes.activate(x, x, unit, 0 * unit, 0.0, 0.5, y)

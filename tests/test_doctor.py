@@ -78,6 +78,14 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
     assert found["terminaltables"].good is False, "fastargs imports it"
 
 
+@pytest.mark.parametrize("name, value, told", [("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT is set"), ("NUMBA_THREADING_LAYER", "workqueue", "without OpenMP or TBB")])
+def test_a_numba_that_trainings_do_without_is_told(tmp_path, monkeypatch, name, value, told):
+    monkeypatch.setattr(runtime, "is_installed", lambda package: package == "numba")
+    monkeypatch.setenv(name, value)
+    found = {f.what: f for f in doctor.examine(tmp_path)}
+    assert found["numba"].good is None and f"cannot be used ({told}); for compiled parts" in found["numba"].detail and found["numba"].mend
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_triton_is_asked_for_where_there_is_a_gpu(there, tmp_path, monkeypatch):
     machine, installed = runtime.describe_machine(), runtime.is_installed

@@ -142,7 +142,7 @@ def test_what_follows_a_training_works_on_real_images(real, cifar10_dir):
 @pytest.mark.parametrize("arguments, status, message", [
     (("--config-file", "no.yaml"), 2, "no.yaml: No such file"),
     (("--optim.lr", "fast"), 2, "optim.lr: got 'fast' (str), expected number > 0"),
-    (("--beton.train", "nowhere.beton"), 2, "nowhere.beton: cannot be read"),
+    (("--beton.train", "nowhere.beton"), 2, "beton.train: nowhere.beton is not there"),
     (("--beton.train", "nowhere.beton", "--model.blocks", "90,90,90"), 2, "the budget is 5,000,000"),
     (("--model.classes", 7), 2, "has 10 classes (0, 1, 2, 3, ...), model.classes is 7"),
     (("--report.folder", "/proc/runs"), 2, "report.folder: /proc/runs"),

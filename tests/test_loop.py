@@ -389,8 +389,11 @@ def test_a_batch_that_cannot_be_normalised_is_told_before_anything_is_trained(be
     """150 images; five stages leave one pixel of 16."""
     changes = {"model__blocks": [1, 1, 1, 1, 1], "loader__drop_last": False, "loop__epochs": 2, **changes}
     if told:
-        with pytest.raises(UserError, match="loader.batch_size: got .* which leaves one image to a batch"):
+        share = "optim.sam_share = 0.25 of " if "optim__sam_share" in changes else ""
+        with pytest.raises(UserError, match=f"loader.batch_size: got .* which leaves one image to {share}a batch") as caught:
             train(betons, tmp_path / "runs", **changes)
+        ways = str(caught.value).partition(": give ")[2]
+        assert ("drop_last" in ways) != changes["loader__drop_last"] and ("sam_share" in ways) == bool(share) and " or fewer stages" in ways
         assert not (tmp_path / "runs").exists()
     else:
         assert train(betons, tmp_path, **changes)["evaluated"]
@@ -818,10 +821,28 @@ def test_auto_tells_how_the_run_that_is_most_like_it_differs(betons, tmp_path, m
     assert f"begins anew (one that is like it, {near}, has run.seed 2, not 3, optim.momentum {before}, not 0.5)" in said, said
     train(betons, tmp_path, run__resume="auto", run__folder=str(tmp_path / "own"))
     assert f"no unfinished run of this config in {tmp_path / 'own'}: this one begins anew\n" in capsys.readouterr().out
-    assert loop.nearest_unlike(build({**SMALL, **betons, "report.folder": str(tmp_path), "run.seed": 2})).startswith(f" (one that is like it, {newest},"), \
-        "the nearest is the one meant, and at work elsewhere"
-    other = {"optim.lr": 0.3, "optim.momentum": 0.1, "loss.label_smoothing": 0.3, "augment.translate": 3, "optim.weight_decay": 0.1}
-    assert loop.nearest_unlike(build({**SMALL, **betons, **other, "report.folder": str(tmp_path), "run.seed": 2})) == "", "of another recipe"
+
+    def told(**keys):
+        config, data, _ = loop.prepare(build({**SMALL, **betons, "report.folder": str(tmp_path), "run.seed": 2, **keys}))
+        return loop.nearest_unlike(config, data)
+    assert told().startswith(f" (one that is like it, {newest},"), "the nearest is the one meant, and at work elsewhere"
+    assert told(**{"optim.lr": 0.3, "optim.momentum": 0.1, "loss.label_smoothing": 0.3, "augment.translate": 3, "optim.weight_decay": 0.1}) == "", \
+        "of another recipe"
+
+
+def test_auto_tells_of_a_run_of_this_config_that_had_other_images(betons, tmp_path, monkeypatch, capsys, make_split):
+    for split in ("train", "test"):
+        for suffix in ("", ".json"):
+            shutil.copy(betons[f"beton.{split}"] + suffix, tmp_path / f"{split}.beton{suffix}")
+    own = {"beton.train": str(tmp_path / "train.beton"), "beton.test": str(tmp_path / "test.beton")}
+    stopped = stopped_run(own, tmp_path / "runs", monkeypatch)
+    pixels = read_images(open_beton(own["beton.test"]))
+    write_beton(tmp_path / "test.beton", Split(pixels[::-1].copy(), open_beton(own["beton.test"]).labels[::-1].copy()), classes=CLASSES, name="stripes",
+                source="made", fingerprint="other")
+    capsys.readouterr()
+    train(own, tmp_path / "runs", run__resume="auto")
+    said = capsys.readouterr().out
+    assert f"begins anew (that in {stopped} cannot go on: beton.test: {own['beton.test']} holds other bytes than before)" in said, said
 
 
 @pytest.mark.parametrize("left", ["all", "log.jsonl"])
@@ -1027,12 +1048,23 @@ def test_a_share_without_a_batch_is_refused_and_fixed_shares_with_it(betons, tmp
 
 def test_a_beton_that_is_not_there_is_written_by_a_command_that_names_the_recipe(tmp_path, monkeypatch):
     places = {"beton.train": str(tmp_path / "a.beton"), "beton.test": str(tmp_path / "b.beton")}
-    with pytest.raises(UserError, match="^beton.train: .*a.beton is not there: .* rn_configs/own_images.yaml --sources.path ...`.*\nbeton.test: "):
+    named = f"--beton.train {places['beton.train']} --beton.test {places['beton.test']}`, or"    # not over the recipe's own
+    with pytest.raises(UserError, match=f"^beton.train: .*a.beton is not there: .* rn_configs/own_images.yaml --sources.path ... {named}.*\nbeton.test: "):
         loop.prepare(build(places, recipe="own_images"))
-    with pytest.raises(UserError, match="write_datasets.py --config-file rn_configs/digits.yaml`, or"):
-        loop.prepare(build({**places, "sources.kind": "digits"}, recipe="digits"))
-    with pytest.raises(UserError, match="write_datasets.py --config-file ... --sources.path ...`, or"):
+    with pytest.raises(UserError, match="write_datasets.py --config-file ... --sources.path ... --beton.train"):
         loop.prepare(build(places, recipe="mine"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rn_configs").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "rn_configs/digits.yaml", "rn_configs")
+    with pytest.raises(UserError, match="write_datasets.py --config-file rn_configs/digits.yaml`, or") as caught:
+        loop.prepare(build(config.read_file("rn_configs/digits.yaml"), recipe="digits"))
+    assert "--sources.path" not in str(caught.value)
     (tmp_path / "a.beton").mkdir()
     with pytest.raises(UserError, match="a.beton: is no regular file"):
         loop.prepare(build(places))
+
+
+def test_a_beton_whose_sidecar_was_left_behind_is_there(betons, tmp_path):
+    shutil.copy(betons["beton.train"], tmp_path / "alone.beton")
+    with pytest.raises(UserError, match="^.*alone.beton.json: cannot be read .* it belongs to .*alone.beton"):
+        loop.prepare(build({**SMALL, **betons, "beton.train": str(tmp_path / "alone.beton")}))

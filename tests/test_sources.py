@@ -931,12 +931,31 @@ def test_images_that_are_made_larger_have_to_fit_into_memory(tmp_path, monkeypat
     assert find_source(tmp_path / "small.npz", image_size=16).read().train.images.shape == (24, 16, 16, 3)
     with pytest.raises(SourceError, match="take 13 MiB of memory, 1 MiB are free: make them smaller with --sources.image_size"):
         find_source(tmp_path / "small.npz", image_size=448).read()
+    with pytest.raises(SourceError, match="1 MiB are free: evaluate fewer of them at a time"):
+        find_source(tmp_path / "small.npz", image_size=448, for_training=False).read()
 
 
 def test_parquet_files_without_names_or_test_split(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", 30)
     read = find_source(tmp_path).read()
     assert read.classes == ("0", "1", "2") and len(read.test.labels) == 6 and len(read.train.labels) == 24
+
+
+def test_a_parquet_file_alone_and_a_test_split_to_look_at(tmp_path):
+    images = write_parquet(tmp_path / "hub/validation-00000-of-00001.parquet", 9, ["cat", "dog", "emu"])
+    with pytest.raises(sources.MissingError):
+        find_source(tmp_path / "hub")
+    for path in (tmp_path, tmp_path / "hub", tmp_path / "hub/validation-00000-of-00001.parquet"):
+        read = find_source(path, for_training=False).read()
+        assert len(read.train.images) == 0 and np.array_equal(read.test.images, images) and read.classes == ("cat", "dog", "emu")
+    with pytest.raises(SourceError, match="parquet: holds test, expected train and test, or train alone"):
+        find_source(tmp_path / "hub/validation-00000-of-00001.parquet").read()
+    write_parquet(tmp_path / "mine.parquet", 30)
+    source = find_source(tmp_path / "mine.parquet")
+    read, before = source.read(), source.fingerprint()
+    assert len(read.train.labels) == 24 and len(read.test.labels) == 6 and source.describe().startswith("parquet file ")
+    write_parquet(tmp_path / "mine.parquet", 30, seed=1)
+    assert source.fingerprint() != before
 
 
 def cut_in_a_cell(path):

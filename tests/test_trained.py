@@ -201,6 +201,9 @@ def test_what_the_memory_does_not_hold_is_not_read(tmp_path, monkeypatch):
     for name in ("x.beton", "x.bin"):
         with pytest.raises(SourceError, match="the images take 0 MiB of memory, 0 MiB are free: predict them in parts"):
             inputs.read_unlabelled(tmp_path / name, 32)
+    np.save(tmp_path / "x.npy", IMAGES[:, :16, :16])
+    with pytest.raises(SourceError, match="the images take 0 MiB of memory, 0 MiB are free: predict them in parts"):
+        inputs.read_unlabelled(tmp_path / "x.npy", 32, "resize")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links want rights elsewhere")

@@ -156,3 +156,15 @@ def test_real_cifar10(cifar10_dir, tmp_path):
     assert status == 0, errors
     assert "mean 125.31/122.95/113.87, std 62.99/62.09/66.70" in output
     assert open_beton(tmp_path / "data/cifar10_test.beton", verify="full").samples == 10000
+
+
+@pytest.mark.parametrize("target, source", [("a.npz", "pets"), ("a.npz", "a.npz"), ("photo.jpg", "pets"), ("link.beton", "a.npz")])
+def test_no_file_of_the_users_own_is_written_over(tree, target, source):
+    """Who takes beton.train for what is read, such as an .npz file."""
+    np.savez(tree / "a.npz", x=np.arange(30 * 48, dtype=np.uint8).reshape(30, 4, 4, 3), y=np.arange(30) % 3)
+    (tree / "photo.jpg").write_bytes(b"mine")
+    (tree / "link.beton").symlink_to(tree / "a.npz")
+    before = {name: (tree / name).read_bytes() for name in ("a.npz", "photo.jpg")}
+    status, _, errors = convert(tree, "--sources.path", source, "--beton.train", target, "--beton.test", "test.beton")
+    assert status == 2 and f"{target}: is there already, and not of the kind that is written here" in errors
+    assert {name: (tree / name).read_bytes() for name in before} == before and not (tree / "test.beton").exists()
