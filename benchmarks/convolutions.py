@@ -34,7 +34,8 @@ def measure(side: int, c_in: int, channels: int, batch: int, rounds: int, precis
 
     def winograd(x, weight):
         return conv.Winograd.apply(x, weight, 1, side, side)
-    taken = {conv.SideBySide: "side by side", conv.SideBySideThroughout: "throughout", None: "torch"}[conv.faster_way(side, weight, 1, 1)]
+    names = {conv.SideBySide: "side by side", conv.SideBySideThroughout: "throughout", None: "torch"}
+    taken = names[conv.faster_way(side, weight, 1, 1) if conv.has_matrix_units() else None]
     if precision == "fp32":
         taken = "Winograd" if conv.pays(leaf, weight, 1) else "torch"
         ways = {"forwards, torch": forwards(lambda x, weight: F.conv2d(x, weight, padding=1)), "forwards, Winograd": forwards(winograd),

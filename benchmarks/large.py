@@ -161,6 +161,7 @@ def main() -> None:
         found = json.loads(result.read_text())
     print(f"{found['samples']:,} images, {found['bytes'] / 2**30:.2f} GiB (written in {written:.0f} s, 0 where it lay there), "
           f"{own.processes} processes, load {os.getloadavg()[0]:.1f}\n\n{table(found['rows'])}")
+    print(f"left for the next run: {places['train']} and {places['test']}, {found['bytes'] / 2**30:.2f} GiB")
     keep(own.out, "large", "noise", {**found, "processes": own.processes, "load": os.getloadavg()[0]})
 
 

@@ -308,7 +308,7 @@ def tables(runs: Sequence[dict], figures: dict, target: float | None) -> str:
     lines.append(f"with TTA: mean {figures['mean']:.3%}, n = {figures['n']}, min {figures['min']:.2%}, max {figures['max']:.2%}")
     if figures["n"] > 1:
         lines[-1] += (f", standard deviation {figures['standard_deviation']:.3%}, 95% confidence interval of the mean "
-                      f"{figures['interval_low']:.3%} to {figures['interval_high']:.3%}")
+                      f"{max(0.0, figures['interval_low']):.3%} to {min(1.0, figures['interval_high']):.3%}")
     if figures["probability_below_target"] is not None:
         lines.append(f"probability that the true mean is below {target:.2%}: {figures['probability_below_target']:.2g}")
     if of_several_commits(runs):

@@ -167,7 +167,7 @@ def told_where_it_takes_long() -> Iterator[None]:
         yield
         return
     timer = threading.Timer(PATIENCE, logging.getLogger("seresnet").warning, [
-        "compiling for this CPU: 10 to 30 s where nothing of it is on disk, which is where it is kept if it can be"])
+        "compiling for this CPU, once where the disk can keep it: 10 to 60 s"])
     timer.daemon = True
     timer.start()
     try:

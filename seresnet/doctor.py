@@ -78,7 +78,7 @@ def examine(data: Path) -> Iterator[Finding]:
                           "" if there else "pip install triton")
         bf16 = machine["cpu_bf16"]
         yield Finding("bf16 on the CPU", True if bf16 != "none" else None, str(bf16) if bf16 != "none" else
-                      "none: trainings run in fp32, several times slower than with AMX")
+                      f"none ({machine.get('cpu_vectors', 'unknown vectors')}): trainings run in fp32, several times slower than with AMX")
         yield Finding("cores", machine["cores"] > 1 or None, f"{machine['cores']}, torch uses {machine['torch_threads']}")
     free = runtime.free_memory_of_machine() / 2**30
     yield Finding("free memory", free >= 2 or None, f"{free:.1f} GiB", "" if free >= 2 else "smaller loader.batch_size, loader.mode stream")
@@ -119,7 +119,7 @@ def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
                           f"python write_datasets.py --config-file rn_configs/{recipe} --sources.path {shlex.quote(str(data))}")
         except MissingError:
             yield Finding("data", None, f"none in {data.resolve()}{hint(data)}", "make train CIFAR10_DIR=..., or python write_datasets.py "
-                          "--config-file rn_configs/se94.yaml --sources.kind download")
+                          "--config-file rn_configs/se94.yaml --sources.path /path/to/cifar10 (or --sources.kind download)")
         except runtime.UserError as error:    # several sets, or one that may not be read: it says which
             yield Finding("data", None, str(error))
 

@@ -77,7 +77,8 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
             if isinstance(error.__cause__, FileNotFoundError) and not Path(place).exists():    # it may be the sidecar that is not there
                 problems.append(f"beton.{name}: {place} is not there: write it with `{_how_to_write(config)}`, or name another with --beton.{name}")
             else:
-                problems += error.problems
+                unknown, known = "python write_datasets.py --config-file ...", _how_to_write(config)
+                problems += [problem.replace(unknown, known) for problem in error.problems]
     if "train" in betons:
         config = _fitted(config, betons["train"])
         problems += contradictions(config)    # of the data's classes and image size

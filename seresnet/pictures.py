@@ -73,7 +73,7 @@ def draw_curves(records: list[Mapping], outcome: Mapping, path: Path) -> None:
     rate.set_ylabel("learning rate at the epoch's end")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.grid(alpha=0.3)
         _bare(axes)
@@ -150,9 +150,9 @@ def draw_frontier(points: Sequence[Mapping], path: Path, unit: str = "minutes") 
     axes.set_xscale("log")
     low, high = (limit(point["seconds"] / scale for point in shown) for limit in (min, max))
     axes.set_xlim(low / 1.6, high * 2.6)    # room for the names on the right
-    ticks = [m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low / 1.6 <= m <= high * 2.6]
+    ticks = [m * 10**decade for decade in range(9) for m in (1, 2, 5) if low / 1.6 <= m * 10**decade <= high * 2.6]
     axes.set_xticks(ticks or [low], minor=False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.margins(y=0.12)

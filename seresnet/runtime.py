@@ -681,7 +681,8 @@ def check_packages(*names: str) -> None:
     missing = [name for name in names or NEEDED if not is_installed(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        mend = environment_to_activate() or "`make setup`, or README, \"Install\""
+        activate = environment_to_activate()
+        mend = f"`{activate}`, the environment that `make setup` has made" if activate else "`make setup`, or README, \"Install\""
         sys.exit(_complain((f"{', '.join(missing)} {verb} not installed for {sys.executable}: {mend}",), 2))
 
 
@@ -691,7 +692,7 @@ def environment_to_activate() -> str:
     script = environment / "bin/activate"
     if not script.is_file() or Path(sys.prefix).resolve() == environment.resolve():
         return ""
-    return f"`. {shlex.quote(os.path.relpath(script))}`, the environment that `make setup` has made"
+    return f". {shlex.quote(os.path.relpath(script))}"
 
 
 def pick_device(name: str, of: Launch = Launch()) -> torch.device:

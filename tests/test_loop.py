@@ -1066,5 +1066,6 @@ def test_a_beton_that_is_not_there_is_written_by_a_command_that_names_the_recipe
 
 def test_a_beton_whose_sidecar_was_left_behind_is_there(betons, tmp_path):
     shutil.copy(betons["beton.train"], tmp_path / "alone.beton")
-    with pytest.raises(UserError, match="^.*alone.beton.json: cannot be read .* it belongs to .*alone.beton"):
-        loop.prepare(build({**SMALL, **betons, "beton.train": str(tmp_path / "alone.beton")}))
+    with pytest.raises(UserError, match="^.*alone.beton.json: cannot be read .* it belongs to .*alone.beton") as caught:
+        loop.prepare(build({**SMALL, **betons, "beton.train": str(tmp_path / "alone.beton")}, recipe="se94"))
+    assert f"`python write_datasets.py --config-file rn_configs/se94.yaml --sources.path ... --beton.train {tmp_path}" in str(caught.value)

@@ -290,6 +290,6 @@ def test_an_environment_that_is_not_active_is_told_of(tmp_path, monkeypatch):
     assert runtime.environment_to_activate() == ""
     (tmp_path / "a clone/.venv/bin").mkdir(parents=True)
     (tmp_path / "a clone/.venv/bin/activate").touch()
-    assert runtime.environment_to_activate() == "`. 'a clone/.venv/bin/activate'`, the environment that `make setup` has made"
+    assert runtime.environment_to_activate() == ". 'a clone/.venv/bin/activate'"
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "a clone/.venv"))
     assert runtime.environment_to_activate() == ""
