@@ -57,6 +57,7 @@ def our_points(files: Sequence[str]) -> list[dict]:
             raise runtime.UserError(f"{file}: was evaluated on {split}, others on the test set: run the series with evaluate.split: test")
         points.append({"name": series["recipe"], "ours": True, "measured": True, "accuracy": statistics.fmean(accuracies),
                        "accuracies": accuracies, "seconds": seconds, "pflop": flop / 1e15, "note": f"n = {len(accuracies)}",
+                       "set": series.get("set") or "cifar10",    # which earlier JSON does not say
                        "rate": flop / statistics.median(run["train_seconds"] for run in timed)})
     return points
 
@@ -121,6 +122,8 @@ def main() -> None:
     points = ours + their_points(anchors, peers, rate)
     print(table(points, unit_of(points)))
     print(f"\nreckoned: PFLOP at the {rate / 1e12:.3f} TFLOP/s of {whose}")
+    for name in dict.fromkeys(point["set"] for point in ours if point["set"] != "cifar10"):
+        print(f"trained and evaluated on another set, {name}: the others' accuracies, of CIFAR-10's test set, are no measure of it")
     if own.picture:
         from seresnet.pictures import draw_frontier
         draw_frontier(points, Path(own.picture), unit_of(points))

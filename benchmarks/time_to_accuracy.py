@@ -113,7 +113,8 @@ class Trainings:
     def run(self, arguments: Sequence[str], folder: Path, jobs: int = 1) -> None:
         """Run ffcv_train.py to its end; note the seconds of it, and that `jobs` such may have been at work, in the run's `folder`. One whose
         device fails, or that machine code ends, goes on once from the state that it saved last. Raises UserError where it fails,
-        Refused where something has to be mended first, Diverged where it did, runtime.Interrupted where it was stopped, or would have been started after that."""
+        Refused where something has to be mended first, Diverged where it did, runtime.Interrupted where it was stopped, or would have been
+        started after that."""
         started = time.perf_counter()
         status, told = self._run(arguments, folder)
         if status in CRASHES and (folder / "last.pt").exists() and not (folder / "report.json").exists():
@@ -362,7 +363,7 @@ def main() -> None:
     print("\n" + tables(runs, figures, own.target))
     names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit", "machine")
     keep(own.out, settings.recipe, settings.recipe, {
-        "target": own.target, "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
+        "target": own.target, "set": runs[-1].get("data", {}).get("set", ""), "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
         "median_seconds": {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS},
         "runs": [{name: run[name] for name in names} for run in runs], "diverged": list(diverged), "config": settings.as_dict(),
         **environments_of(folder_of(runs[-1]["seed"]))[-1]})

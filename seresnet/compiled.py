@@ -229,7 +229,8 @@ def gradient_statistics(total: torch.Tensor, product: torch.Tensor, weight: torc
 @cache
 def passes_on_a_gpu(device: torch.device) -> ModuleType | None:
     """As `passes`, of seresnet/gpu_kernels.py, for the GPU `device`. None where Triton is missing (torch brings it on Linux) or does not
-    work, of which the log `seresnet` is told, and below compute capability 8.0, which it does not support. Triton keeps the machine code on disk, in the user's folder."""
+    work, of which the log `seresnet` is told, and below compute capability 8.0, which it does not support. Triton keeps the machine code
+    on disk, in the user's folder."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:

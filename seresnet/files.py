@@ -92,7 +92,9 @@ def read_image(file: Path | BinaryIO, where: str = "", size: int = 0, fit: str =
 
     size: side to bring it to, 0 for the file's own height and width. fit: `resize` brings both sides to `size`, `crop`
     the shorter one, of which the middle is then cut out; both interpolate bicubically over the pixels that fall together.
-    upright: turn it as EXIF says that the camera was held. found: gets the file's own width and height, in pixels. Raises SourceError naming the file, or `where` it came from.
+    upright: turn it as EXIF says that the camera was held. found: gets the file's own width and height, in pixels.
+
+    Raises SourceError naming the file, or `where` it came from.
     """
     from PIL import Image
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):    # our own limit is lower than Pillow's

@@ -482,7 +482,7 @@ def seconds_since_process_start() -> float:
 
 COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {    # of the table: title -> key of report.json, and how a reader likes it
     "recipe": ("recipe", str), "seed": ("seed", str), "epochs": ("epochs", str), "parameters": ("parameters", "{:,}".format),
-    "split": ("split", str), "accuracy": ("accuracy", "{:.2%}".format), "with TTA": ("accuracy_tta", "{:.2%}".format),
+    "set": ("set", str), "split": ("split", str), "images": ("evaluated", "{:,}".format), "accuracy": ("accuracy", "{:.2%}".format), "with TTA": ("accuracy_tta", "{:.2%}".format),
     "training, s": ("train_seconds", "{:.1f}".format), "evaluation, s": ("eval_seconds", "{:.1f}".format),
     "images/s": ("images_per_second", "{:,.0f}".format), "device": ("run_device", str)}
 
@@ -514,13 +514,16 @@ def read_runs(folders: Sequence[Path | str]) -> list[dict]:
             records = [json.loads(line) for line in text.splitlines()]
             done = (folder / "report.json").is_file()
             outcome = json.loads((folder / "report.json").read_text(encoding="utf-8")) if done else None
+            begun = {**read_json(folder / "environment.json"), "epochs": len(records)}
+            for told in filter(None, (begun, outcome)):
+                told["set"] = told.get("data", {}).get("set", "")    # which earlier versions did not write
             if done:
                 [show(outcome[name]) for name, show in COLUMNS.values()]
             [(r["epoch"], r["test_accuracy"]) for r in records]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: its log.jsonl or report.json is damaged ({type(error).__name__}: {error}): leave this folder "
                             "out") from error
-        runs.append({"records": records, "begun": {**read_json(folder / "environment.json"), "epochs": len(records)}, "outcome": outcome})
+        runs.append({"records": records, "begun": begun, "outcome": outcome})
         paths.append(folder.absolute())
     for run, label in zip(runs, labels(paths)):
         run["label"] = label

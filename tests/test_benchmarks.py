@@ -636,9 +636,14 @@ def test_the_frontier_is_printed_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["frontier", str(a_series(tmp_path)), "--picture", str(picture)])
     frontier.main()
     rows = capsys.readouterr().out.splitlines()
+    assert "another set" not in rows[-1]
     order = [next(i for i, row in enumerate(rows) if name in row) for name in ("**small**", "airbench94_muon", "airbench96 ")]
     assert order == sorted(order) and "reckoned" in rows[order[1]] and "n = 2" in rows[order[0]]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    series = tmp_path / "small.json"
+    series.write_text(json.dumps({**json.loads(series.read_text()), "set": "digits"}))
+    frontier.main()
+    assert "on another set, digits: the others' accuracies, of CIFAR-10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"runs": []}', '{"recipe": "x"}'])

@@ -78,7 +78,8 @@ def test_a_package_that_cannot_be_imported_is_not_there(run, tmp_path, monkeypat
     assert found["terminaltables"].good is False, "fastargs imports it"
 
 
-@pytest.mark.parametrize("name, value, told", [("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT is set"), ("NUMBA_THREADING_LAYER", "workqueue", "without OpenMP or TBB")])
+@pytest.mark.parametrize("name, value, told", [("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT is set"),
+                                               ("NUMBA_THREADING_LAYER", "workqueue", "without OpenMP or TBB")])
 def test_a_numba_that_trainings_do_without_is_told(tmp_path, monkeypatch, name, value, told):
     monkeypatch.setattr(runtime, "is_installed", lambda package: package == "numba")
     monkeypatch.setenv(name, value)

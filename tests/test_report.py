@@ -184,6 +184,7 @@ def test_runs_side_by_side(run, tmp_path):
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [row["run"] for row in rows] == ["first", "unfinished"] and rows[1]["accuracy"] == ""
     assert (rows[1]["recipe"], rows[1]["seed"], rows[1]["epochs"]) == ("se94", "12", "1")
+    assert rows[0]["set"] == outcome["data"]["set"] and int(rows[0]["images"]) == outcome["evaluated"] and rows[1]["set"] == ""
     assert float(rows[0]["with TTA"]) == outcome["accuracy_tta"] and int(rows[0]["parameters"]) == outcome["parameters"]
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 1200

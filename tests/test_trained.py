@@ -174,7 +174,8 @@ def test_a_beton_and_a_folder(tmp_path):
 def test_what_was_done_to_images_of_another_size_is_told(tmp_path):
     for name, size in (("0.png", (20, 30)), ("1.png", (16, 16)), ("2.jpg", (50, 40)), ("3.png", (45, 20))):
         Image.new("RGB", size).save(tmp_path / name)
-    assert inputs.read_unlabelled(tmp_path, 16, "crop").fitted == "images of 20 x 30 to 50 x 40 pixels were brought to 16 x 16 by crop (--fit none refuses them)"
+    assert inputs.read_unlabelled(tmp_path, 16, "crop").fitted == (
+        "images of 20 x 30 to 50 x 40 pixels were brought to 16 x 16 by crop (--fit none refuses them)")
     assert "images of 45 x 20 pixels were brought to 16 x 16 by resize" in inputs.read_unlabelled(tmp_path / "3.png", 16, "resize").fitted
     assert inputs.read_unlabelled(tmp_path / "1.png", 16, "resize").fitted == ""
     np.save(tmp_path / "x.npy", IMAGES)
