@@ -195,8 +195,8 @@ def table(rows: Mapping[str, dict]) -> str:
 
 def explained(variants: Mapping[str, config.Config], own: argparse.Namespace, runs: Sequence[dict], failed: int) -> str:
     """What has to be known to read the table."""
-    views = sorted("no TTA" if settings.evaluate.tta == "none" else f"{settings.evaluate.tta} views" for settings in variants.values())
-    lines = [f"{runs[0]['evaluated']} {'test' if own.on_test else 'holdout'} images, {', '.join(dict.fromkeys(views))}; seeds "
+    views = {"no TTA" if settings.evaluate.tta == "none" else f"{settings.evaluate.tta} views" for settings in variants.values()}
+    lines = [f"{runs[0]['evaluated']} {'test' if own.on_test else 'holdout'} images, {', '.join(sorted(views))}; seeds "
              f"{own.first_seed} to {own.first_seed + own.seeds - 1}",
              "intervals and probabilities: the luck of the seeds alone, on these images, each variant by itself"]
     if failed:

@@ -363,7 +363,8 @@ def main() -> None:
     print("\n" + tables(runs, figures, own.target))
     names = ("seed", "accuracy", "accuracy_tta", *PARTS, "seconds", "before_in_program", "images_per_second", "resumed", "commit", "machine")
     keep(own.out, settings.recipe, settings.recipe, {
-        "target": own.target, "set": runs[-1].get("data", {}).get("set", ""), "split": settings.evaluate.split, "tta": settings.evaluate.tta, "figures": figures,
+        "target": own.target, "set": runs[-1].get("data", {}).get("set", ""), "split": settings.evaluate.split,
+        "tta": settings.evaluate.tta, "figures": figures,
         "median_seconds": {part: statistics.median(run[part] for run in timed(runs)) for part in PARTS},
         "runs": [{name: run[name] for name in names} for run in runs], "diverged": list(diverged), "config": settings.as_dict(),
         **environments_of(folder_of(runs[-1]["seed"]))[-1]})

@@ -42,7 +42,8 @@ MODES = {"jpeg": 0, "raw": 1}              # how pixels are stored
 HOW = {    # keys of `sources` in a sidecar -> whether a value may be one's
     "image_size": lambda value: type(value) is int and 0 <= value <= 4096, "fit": FITS.__contains__,
     "test_share": lambda value: type(value) is float and 0 < value < 1, "labels": ("fine", "coarse").__contains__}
-AGAIN = "write it again with `python write_datasets.py --config-file ... --force`"
+WRITE = "python write_datasets.py --config-file ..."    # in messages; who knows the config puts its own command there
+AGAIN = f"write it again with `{WRITE} --force`"
 
 
 class BetonError(UserError):
@@ -403,8 +404,7 @@ def _read_layout(path: Path) -> tuple[_Layout, int]:
             raise BetonError(f"{path}: is no regular file: name a .beton file")
         file = open(path, "rb")
     except OSError as error:
-        raise BetonError(f"{path}: cannot be read ({error.strerror}): write it with "
-                         "`python write_datasets.py --config-file ...`, or name another") from error
+        raise BetonError(f"{path}: cannot be read ({error.strerror}): write it with `{WRITE}`, or name another") from error
     with file:
         size = kind.st_size
         head = file.read(HEADER.itemsize)

@@ -102,14 +102,14 @@ def why_not_imported(package: str) -> str:
 
 
 def _data(data: Path, betons: list[Path]) -> Iterator[Finding]:
-    from seresnet.beton import open_beton
+    from seresnet.beton import WRITE, open_beton
     from seresnet.sources import MissingError, find_source, hint
     for path in betons:
         try:
             found = open_beton(path)
             yield Finding(path.name, True, f"{found.samples:,} images of {found.width} x {found.height}, {len(found.classes)} classes")
         except runtime.UserError as error:
-            yield Finding(path.name, False, str(error), "python write_datasets.py --config-file ... --force")
+            yield Finding(path.name, False, str(error), f"{WRITE} --force")
     if not betons:
         try:
             found = find_source(data)

@@ -19,7 +19,7 @@ from torch import nn
 
 from seresnet import checkpoint, compiled, report, runtime
 from seresnet.augment import normalise, train_batch
-from seresnet.beton import Beton, mismatch, open_beton, read_images
+from seresnet.beton import WRITE, Beton, mismatch, open_beton, read_images
 from seresnet.clock import Clock
 from seresnet.config import Config, changes, contradictions, read_file
 from seresnet.evaluate import Evaluation, evaluate
@@ -69,16 +69,15 @@ def prepare(config: Config, of: runtime.Launch = runtime.Launch()) -> tuple[Conf
     betons: dict[str, Beton] = {}
     for name in ("train", "test") if config.evaluate.split == "test" else ("train",):
         wanted = config.model if "train" not in betons else _fitted(config, betons["train"]).model
+        place = getattr(config.beton, name)
         try:
-            betons[name] = open_beton(getattr(config.beton, name), classes=wanted.classes or None,
-                                      image_size=wanted.image_size or None, verify=config.beton.verify)
+            betons[name] = open_beton(place, classes=wanted.classes or None, image_size=wanted.image_size or None, verify=config.beton.verify)
         except runtime.UserError as error:
-            place = getattr(config.beton, name)
+            write = _how_to_write(config)
             if isinstance(error.__cause__, FileNotFoundError) and not Path(place).exists():    # it may be the sidecar that is not there
-                problems.append(f"beton.{name}: {place} is not there: write it with `{_how_to_write(config)}`, or name another with --beton.{name}")
+                problems.append(f"beton.{name}: {place} is not there: write it with `{write}`, or name another with --beton.{name}")
             else:
-                unknown, known = "python write_datasets.py --config-file ...", _how_to_write(config)
-                problems += [problem.replace(unknown, known) for problem in error.problems]
+                problems += [problem.replace(WRITE, write) for problem in error.problems]
     if "train" in betons:
         config = _fitted(config, betons["train"])
         problems += contradictions(config)    # of the data's classes and image size

@@ -139,10 +139,14 @@ def draw_frontier(points: Sequence[Mapping], path: Path, unit: str = "minutes") 
             axes.plot([time] * len(point["accuracies"]), point["accuracies"], "_", color=colour, markersize=9)
         beside = [other for other in shown if 1 < other["seconds"] / point["seconds"] < 3 and abs(other["accuracy"] - mean) < 0.0015]
         leftmost = point["seconds"] == min(other["seconds"] for other in shown)    # on its left are the axis and its figures
-        height, place, side = (mean, (-7, -3), "right") if beside else (mean, (7, -3), "left")
-        if beside and leftmost:    # above its seeds, or below them, away from the others
-            above = mean >= max(other["accuracy"] for other in beside)
-            height, place, side = (max(point["accuracies"]), (0, 9), "center") if above else (min(point["accuracies"]), (0, -16), "center")
+        if not beside:
+            height, place, side = mean, (7, -3), "left"
+        elif not leftmost:
+            height, place, side = mean, (-7, -3), "right"
+        elif mean >= max(other["accuracy"] for other in beside):    # above its seeds, or below them, away from the others
+            height, place, side = max(point["accuracies"]), (0, 9), "center"
+        else:
+            height, place, side = min(point["accuracies"]), (0, -16), "center"
         axes.annotate(point["name"], (time, height), place, textcoords="offset points", fontsize=8.5, color=colour, ha=side,
                       weight="bold" if point["ours"] else "normal")
     for ours, measured, text in ((True, True, "ours, mean (dashes: seeds)"), (False, True, "others, run on the same machine"),

@@ -482,7 +482,8 @@ def seconds_since_process_start() -> float:
 
 COLUMNS: dict[str, tuple[str, Callable[[object], str]]] = {    # of the table: title -> key of report.json, and how a reader likes it
     "recipe": ("recipe", str), "seed": ("seed", str), "epochs": ("epochs", str), "parameters": ("parameters", "{:,}".format),
-    "set": ("set", str), "split": ("split", str), "images": ("evaluated", "{:,}".format), "accuracy": ("accuracy", "{:.2%}".format), "with TTA": ("accuracy_tta", "{:.2%}".format),
+    "set": ("set", str), "split": ("split", str), "images": ("evaluated", "{:,}".format),
+    "accuracy": ("accuracy", "{:.2%}".format), "with TTA": ("accuracy_tta", "{:.2%}".format),
     "training, s": ("train_seconds", "{:.1f}".format), "evaluation, s": ("eval_seconds", "{:.1f}".format),
     "images/s": ("images_per_second", "{:,.0f}".format), "device": ("run_device", str)}
 
